@@ -1,0 +1,46 @@
+package domain
+
+import (
+	"encoding/json"
+	"fmt"
+	"reflect"
+)
+
+// Events is a service's vocabulary: the Go type of every stored name it ever recorded.
+type Events map[string]reflect.Type
+
+// EventsOf makes a vocabulary of one zero value an event. It panics when two share a stored name: that is a slip of
+// the programmer, found by the first test that runs.
+func EventsOf(zero ...Event) Events {
+	es := Events{}
+	for _, e := range zero {
+		if _, twice := es[e.EventName()]; twice {
+			panic("two events are stored as " + e.EventName())
+		}
+		es[e.EventName()] = reflect.TypeOf(e)
+	}
+	return es
+}
+
+// Decode is the event that was stored under the name. Unknown fields are ignored, so that a reader may be older than
+// the writer; an unknown name or broken JSON is an error.
+func (es Events) Decode(name string, data []byte) (Event, error) {
+	t, ok := es[name]
+	if !ok {
+		return nil, fmt.Errorf("no event is stored as %q", name)
+	}
+	v := reflect.New(t)
+	if err := json.Unmarshal(data, v.Interface()); err != nil {
+		return nil, fmt.Errorf("decode %s: %w", name, err)
+	}
+	return v.Elem().Interface().(Event), nil
+}
+
+// Encode is the JSON that Decode reads.
+func Encode(e Event) ([]byte, error) {
+	data, err := json.Marshal(e)
+	if err != nil {
+		return nil, fmt.Errorf("encode %s: %w", e.EventName(), err)
+	}
+	return data, nil
+}

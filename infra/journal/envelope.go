@@ -1,0 +1,145 @@
+package journal
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+
+	"wharf/domain"
+)
+
+// The public events are CloudEvents 1.0 in the Kafka protocol binding's binary mode: attributes are headers, the value
+// is the data, and the record's key is the stream's id (the extension attribute "partitionkey" of the specification).
+// See https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/kafka-protocol-binding.md
+const (
+	ceSpecVersion = "ce_specversion"
+	ceID          = "ce_id"
+	ceSource      = "ce_source"
+	ceType        = "ce_type"
+	ceSubject     = "ce_subject"
+	ceTime        = "ce_time"
+	ceTrace       = "ce_traceparent"
+
+	// Wharf's extension attributes.
+	ceSeq     = "ce_journalseq"    // dense count of the partition's accepted events, from 1
+	ceOffset  = "ce_journaloffset" // of the commit in the journal
+	ceIndex   = "ce_journalindex"  // of the event in its commit, from 0
+	ceVersion = "ce_streamversion" // of the stream after the event
+	ceCause   = "ce_cause"         // position of the event that it was made for
+
+	contentType = "content-type"
+	sourceRoot  = "/wharf/"
+)
+
+// Unreadable is the stored name of the event that stands in for one whose frame is broken, so that the count of
+// public events stays dense. Its data is empty.
+const Unreadable = "wharf.unreadable.v1"
+
+// NewEventRecord is the public record that tells the event. ParseEvent reverses it.
+func NewEventRecord(e domain.Recorded) Record {
+	headers := make([]Header, 0, 14)
+	add := func(key, value string) { headers = append(headers, Header{key, []byte(value)}) }
+	add(ceSpecVersion, "1.0")
+	add(ceID, e.ID.String())
+	add(ceSource, sourceRoot+e.Service)
+	add(ceType, e.Name)
+	add(ceSubject, e.Stream)
+	add(ceTime, e.Time.UTC().Format(time.RFC3339Nano))
+	add(ceSeq, strconv.FormatInt(e.Seq, 10))
+	add(ceOffset, strconv.FormatInt(e.Offset, 10))
+	add(ceIndex, strconv.Itoa(e.Index))
+	add(ceVersion, strconv.FormatInt(e.Version, 10))
+	if e.Cause.Topic != "" {
+		add(ceCause, e.Cause.String())
+	}
+	if e.Trace != "" {
+		add(ceTrace, e.Trace)
+	}
+	if e.Name != Unreadable {
+		add(contentType, "application/json")
+	}
+	return Record{Partition: e.Partition, Key: []byte(e.Stream), Value: e.Data, Headers: headers}
+}
+
+// ParseEvent reads a record of a public topic. It is false for a record without the envelope (somebody else's), which
+// a consumer skips and counts.
+func ParseEvent(topic string, r Record) (domain.Recorded, bool) {
+	e := domain.Recorded{Data: r.Value, Position: domain.Position{Topic: topic, Partition: r.Partition}}
+	var spec, source string
+	var err error
+	number := func(v []byte) (n int64) {
+		var bad error
+		if n, bad = strconv.ParseInt(string(v), 10, 64); bad != nil {
+			err = bad
+		}
+		return n
+	}
+	for _, h := range r.Headers {
+		switch h.Key {
+		case ceSpecVersion:
+			spec = string(h.Value)
+		case ceID:
+			var bad error
+			if e.ID, bad = uuid.ParseBytes(h.Value); bad != nil {
+				err = bad
+			}
+		case ceSource:
+			source = string(h.Value)
+		case ceType:
+			e.Name = string(h.Value)
+		case ceSubject:
+			e.Stream = string(h.Value)
+		case ceTime:
+			var bad error
+			if e.Time, bad = time.Parse(time.RFC3339Nano, string(h.Value)); bad != nil {
+				err = bad
+			}
+		case ceSeq:
+			e.Seq = number(h.Value)
+		case ceOffset:
+			e.Offset = number(h.Value)
+		case ceIndex:
+			e.Index = int(number(h.Value))
+		case ceVersion:
+			e.Version = number(h.Value)
+		case ceTrace:
+			e.Trace = string(h.Value)
+		case ceCause:
+			var bad error
+			if e.Cause, bad = ParsePosition(string(h.Value)); bad != nil {
+				err = bad
+			}
+		}
+	}
+	service, ours := strings.CutPrefix(source, sourceRoot)
+	e.Service = service
+	if err != nil || !ours || spec != "1.0" || e.ID == uuid.Nil || e.Name == "" || e.Seq < 1 || e.Version < 1 {
+		return domain.Recorded{}, false
+	}
+	return e, true
+}
+
+// ParsePosition reverses domain.Position.String.
+func ParsePosition(s string) (domain.Position, error) {
+	parts := strings.Split(s, "/")
+	if len(parts) == 3 && parts[0] != "" {
+		p, err1 := strconv.ParseInt(parts[1], 10, 32)
+		seq, err2 := strconv.ParseInt(parts[2], 10, 64)
+		if err1 == nil && err2 == nil && p >= 0 && seq >= 0 {
+			return domain.Position{Topic: parts[0], Partition: int32(p), Seq: seq}, nil
+		}
+	}
+	return domain.Position{}, fmt.Errorf("a position reads topic/partition/seq")
+}
+
+// Next applies the consumer rule: whether the event is the next one after `last`, or a repetition to skip. A gap is an
+// error, and the consumer must halt: an event is missing from the log, and going on would lose it.
+func Next(last int64, e domain.Recorded) (process bool, err error) {
+	if e.Seq > last+1 {
+		return false, fmt.Errorf("%s partition %d has a gap: event %d follows %d", e.Topic, e.Partition, e.Seq, last)
+	}
+	return e.Seq == last+1, nil
+}
