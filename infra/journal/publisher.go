@@ -1,0 +1,222 @@
+package journal
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/google/uuid"
+
+	"wharf/domain"
+)
+
+// The size of one atomic batch of public events, and how far the tail of the public topic is read at a time.
+const (
+	maxBatchRecords = 500
+	maxBatchBytes   = 768 << 10
+	tailChunk       = 64
+)
+
+// Publish copies the partition's accepted events to the public topic, each once and in order, until ctx ends. What it
+// writes is a function of the journal alone: a second publisher of the same partition can only repeat, never
+// contradict, and consumers skip repetitions by the events' count. So that nothing is ever left out, one atomic batch
+// is on its way at a time, and after any error the publisher goes back to the tail of what the log really holds.
+func (j *Journal[S]) Publish(ctx context.Context, partition int32) {
+	<-j.started
+	p := j.partitions[partition]
+	for ctx.Err() == nil {
+		err := p.publish(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		j.Logger.Warn("publishing starts again from the tail of the public topic", "partition", partition, "err", err)
+		pause(ctx, resendDelay)
+	}
+}
+
+func (p *partition[S]) publish(ctx context.Context) error {
+	from, err := p.resume(ctx)
+	if err != nil {
+		return fmt.Errorf("find the place to resume at: %w", err)
+	}
+	return p.walk(ctx, from, func(records []Record) error {
+		for len(records) > 0 {
+			n := batchSize(records)
+			if err := p.Public.AppendBatch(ctx, p.number, records[:n]); err != nil {
+				return fmt.Errorf("publish: %w", err)
+			}
+			records = records[n:]
+		}
+		return nil
+	})
+}
+
+// batchSize is how many of the records make the next batch: at least one.
+func batchSize(records []Record) int {
+	size := 0
+	for i, r := range records {
+		size += len(r.Value) + 512
+		if i > 0 && (i == maxBatchRecords || size > maxBatchBytes) {
+			return i
+		}
+	}
+	return len(records)
+}
+
+// place is a point of the journal: everything up to it has been published.
+type place struct {
+	mark          // before the commit at offset
+	published int // events of that commit
+}
+
+// resume finds the last record of the public topic that is ours: one that equals, byte for byte, what the journal
+// yields. Records of others may lie around it.
+func (p *partition[S]) resume(ctx context.Context) (place, error) {
+	end, err := p.Public.End(ctx, p.number)
+	if err != nil {
+		return place{}, err
+	}
+	for size := int64(tailChunk); end > 0; size *= 2 {
+		from := max(0, end-size)
+		var records []Record
+		err := readRange(ctx, p.Public, p.number, from, end, func(rs []Record) error {
+			records = append(records, rs...)
+			return nil
+		})
+		if err != nil {
+			return place{}, err
+		}
+		for _, r := range slices.Backward(records) {
+			e, ok := ParseEvent(p.Topic, r)
+			if !ok {
+				continue
+			}
+			at, ok, err := p.published(ctx, e, r)
+			if ok || err != nil {
+				return at, err
+			}
+		}
+		end = from
+	}
+	return place{}, nil
+}
+
+// published looks a public record up in the journal. It is false for one that the journal does not yield.
+func (p *partition[S]) published(ctx context.Context, e domain.Recorded, r Record) (at place, ok bool, err error) {
+	if end, err := p.Log.End(ctx, p.number); e.Offset < 0 || e.Offset >= end || err != nil {
+		return place{}, false, err
+	}
+	if err := p.awaitPast(ctx, e.Offset+1); err != nil {
+		return place{}, false, err
+	}
+	seq := p.markBefore(e.Offset)
+	err = readRange(ctx, p.Log, p.number, seq.offset, e.Offset+1, func(records []Record) error {
+		for _, j := range records {
+			if !p.accepted(j.Offset) {
+				continue
+			}
+			public := p.publicRecords(j, seq.seq)
+			if j.Offset == e.Offset {
+				ok = e.Index >= 0 && e.Index < len(public) && same(public[e.Index], r)
+				at = place{mark{j.Offset, seq.seq}, e.Index + 1}
+				return nil
+			}
+			seq.seq += int64(len(public))
+		}
+		return nil
+	})
+	return at, ok, err
+}
+
+// walk hands on the public records of everything that is accepted after the place, for ever.
+func (p *partition[S]) walk(ctx context.Context, from place, f func([]Record) error) error {
+	seq, skip := from.seq, from.published
+	return p.Log.Read(ctx, p.number, from.offset, func(b Batch) error {
+		if err := p.awaitPast(ctx, b.Next); err != nil {
+			return err
+		}
+		var out []Record
+		for _, r := range b.Records {
+			if !p.accepted(r.Offset) {
+				continue
+			}
+			public := p.publicRecords(r, seq)
+			seq += int64(len(public))
+			out = append(out, public[skip:]...)
+			skip = 0
+		}
+		return f(out)
+	})
+}
+
+// publicRecords is what an accepted commit makes public, when `seq` events were accepted before it. It depends on
+// nothing but the journal's record, so every publisher of any version makes the same.
+func (p *partition[S]) publicRecords(r Record, seq int64) []Record {
+	// The record was accepted, so its headers are whole.
+	h := headersOf(r)
+	count := int(h.number(headerEvents, MaxEvents))
+	version := h.number(headerVersion, maxInt64)
+	trace := ""
+	if slices.ContainsFunc(r.Headers, func(h Header) bool { return h.Key == headerTrace }) {
+		trace = h.one(headerTrace)
+	}
+	f, err := decodeFrame(r.Value, count)
+	if err != nil {
+		f.events = make([]frameEvent, count)
+		commit := h.uuid(headerCommit)
+		for i := range f.events {
+			f.events[i] = frameEvent{
+				id:   uuid.NewSHA1(commit, fmt.Appendf(nil, "%d", i)),
+				name: Unreadable,
+				time: r.Time.UTC().Truncate(time.Millisecond),
+			}
+		}
+	}
+	out := make([]Record, count)
+	for i, e := range f.events {
+		out[i] = NewEventRecord(domain.Recorded{
+			ID: e.id, Name: e.name, Service: p.Service, Stream: string(r.Key), Version: version + int64(i) + 1,
+			Time: e.time, Position: p.position(seq + int64(i) + 1), Offset: r.Offset, Index: i, Cause: e.cause,
+			Trace: trace, Data: e.data,
+		})
+		out[i].Partition = r.Partition
+	}
+	return out
+}
+
+// same says whether two records hold the same bytes, wherever they lie.
+func same(a, b Record) bool {
+	return a.Partition == b.Partition && bytes.Equal(a.Key, b.Key) && bytes.Equal(a.Value, b.Value) &&
+		slices.EqualFunc(a.Headers, b.Headers, func(a, b Header) bool {
+			return a.Key == b.Key && bytes.Equal(a.Value, b.Value)
+		})
+}
+
+var errDone = errors.New("done")
+
+// readRange reads the records from `from` up to but not including `to`, which must be at most the log's end.
+func readRange(ctx context.Context, r Reader, partition int32, from, to int64, f func([]Record) error) error {
+	if from >= to {
+		return nil
+	}
+	err := r.Read(ctx, partition, from, func(b Batch) error {
+		records := b.Records
+		if n := slices.IndexFunc(records, func(r Record) bool { return r.Offset >= to }); n >= 0 {
+			records = records[:n]
+		}
+		if err := f(records); err != nil {
+			return err
+		}
+		if b.Next >= to {
+			return errDone
+		}
+		return nil
+	})
+	if errors.Is(err, errDone) {
+		return nil
+	}
+	return err
+}
