@@ -56,8 +56,9 @@ type Journal[S any] interface {
 	Handle(context.Context, Command, Decision[S]) (Receipt, error)
 
 	// Watch calls f with every open stream of the partition, and then with each stream that changes (several
-	// changes may come as one), until ctx ends. f runs in the caller's goroutine and sees the state that is current.
-	Watch(ctx context.Context, partition int32, f func(stream string, state S))
+	// changes may come as one), until ctx ends. f runs in the caller's goroutine, and gets the state that is current
+	// and the position of the stream's last event.
+	Watch(ctx context.Context, partition int32, f func(stream string, state S, at domain.Position))
 }
 
 // The errors of Handle, beside those of the decision.

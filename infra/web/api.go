@@ -1,0 +1,78 @@
+// Package web answers the question "how does the shop speak HTTP?": one way to make an API, one table of errors, one
+// server. What can be asked stands in commands and projections; start with errors.go, then server.go.
+package web
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"unicode/utf8"
+
+	"github.com/danielgtaylor/huma/v2"
+	"github.com/danielgtaylor/huma/v2/adapters/humago"
+)
+
+func init() {
+	huma.NewError = newError
+	huma.NewErrorWithContext = func(_ huma.Context, status int, message string, errs ...error) huma.StatusError {
+		return newError(status, message, errs...)
+	}
+	huma.DefaultArrayNullable = false
+	huma.ValidateStrictCasing = true
+}
+
+// MaxBody is how large a request's body may be: twice the largest order in the longest spelling of its names.
+const MaxBody = 4 << 20
+
+// NewAPI makes an API whose routes land on the mux. Register routes on it; it serves nothing else.
+func NewAPI(mux *http.ServeMux) huma.API {
+	config := huma.DefaultConfig("Wharf", "1.0.0")
+	config.Info.Description = "An order-fulfilment shop. Commands are answered when they are certain, queries a moment later."
+	config.OpenAPIPath, config.DocsPath, config.SchemasPath = "", "", ""
+	config.CreateHooks = nil // no "$schema" and no Link to it
+	config.RejectUnknownQueryParameters = true
+	format := huma.Format{
+		Marshal: func(w io.Writer, v any) error {
+			e := json.NewEncoder(w)
+			e.SetEscapeHTML(false)
+			return e.Encode(v)
+		},
+		Unmarshal: unmarshal,
+	}
+	config.Formats = map[string]huma.Format{"application/json": format, "json": format}
+	config.DefaultFormat = "application/json"
+	api := humago.New(mux, config)
+	api.OpenAPI().OnAddOperation = append(api.OpenAPI().OnAddOperation, func(_ *huma.OpenAPI, op *huma.Operation) {
+		op.MaxBodyBytes = MaxBody
+	})
+	return api
+}
+
+// unmarshal is json.Unmarshal with errors that name a field and never repeat a value.
+func unmarshal(data []byte, v any) error {
+	if !utf8.Valid(data) {
+		return errors.New("expected UTF-8")
+	}
+	err := json.Unmarshal(data, v)
+	var wrong *json.UnmarshalTypeError
+	var syntax *json.SyntaxError
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &wrong):
+		return &huma.ErrorDetail{Location: "body." + wrong.Field, Message: "expected a whole number or text of the documented type"}
+	case errors.As(err, &syntax):
+		return errors.New("expected JSON")
+	}
+	return errors.New("expected JSON of the documented shape")
+}
+
+// Document is the OpenAPI document of all routes that the functions register.
+func Document(register ...func(huma.API)) ([]byte, error) {
+	api := NewAPI(http.NewServeMux())
+	for _, r := range register {
+		r(api)
+	}
+	return json.Marshal(api.OpenAPI())
+}

@@ -1,0 +1,147 @@
+package web
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/http"
+	"strings"
+
+	"github.com/danielgtaylor/huma/v2"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"wharf/commands"
+	"wharf/domain"
+)
+
+// Problem is the one shape of every error: RFC 9457. It names fields, and never repeats a value that was sent.
+type Problem struct {
+	Type   string  `json:"type" doc:"Stable: urn:wharf:problem: and a code." example:"urn:wharf:problem:order-shipped"`
+	Title  string  `json:"title"`
+	Status int     `json:"status"`
+	Detail string  `json:"detail,omitempty" doc:"For people."`
+	Errors []Field `json:"errors,omitempty" doc:"What is wrong with which field."`
+
+	retryAfter string
+}
+
+// Field says what is wrong with one field of a request, and what would be right.
+type Field struct {
+	Field   string `json:"field" example:"body.lines[3].quantity"`
+	Message string `json:"message" example:"expected number >= 1"`
+}
+
+// Error implements error.
+func (p *Problem) Error() string { return p.Title }
+
+// GetStatus implements huma.StatusError.
+func (p *Problem) GetStatus() int { return p.Status }
+
+// GetHeaders implements huma.HeadersError.
+func (p *Problem) GetHeaders() http.Header {
+	h := http.Header{}
+	if p.retryAfter != "" {
+		h.Set("Retry-After", p.retryAfter)
+	}
+	return h
+}
+
+// ContentType implements huma.ContentTypeFilter.
+func (p *Problem) ContentType(string) string { return "application/problem+json" }
+
+// table translates the errors that cross the edge. The first that matches (errors.Is) counts; a business refusal that
+// is not listed is a 409 with its own code.
+var table = []struct {
+	err    error
+	status int
+	code   string
+}{
+	{domain.ErrUnknown, http.StatusNotFound, "unknown"},
+	{domain.ErrOverflow, http.StatusUnprocessableEntity, "amount-too-large"},
+	{commands.ErrKeyReused, http.StatusUnprocessableEntity, "idempotency-key-reused"},
+	{commands.ErrPrecondition, http.StatusPreconditionFailed, "precondition-failed"},
+	{commands.ErrConflict, http.StatusConflict, "conflict"},
+	{commands.ErrTooLarge, http.StatusRequestEntityTooLarge, "too-large"},
+	{commands.ErrQuarantined, http.StatusConflict, "quarantined"},
+	{commands.ErrUnknownOutcome, http.StatusGatewayTimeout, "outcome-unknown"},
+	{commands.ErrNotReady, http.StatusServiceUnavailable, "not-ready"},
+	{context.DeadlineExceeded, http.StatusServiceUnavailable, "not-ready"},
+	{context.Canceled, http.StatusServiceUnavailable, "not-ready"},
+}
+
+// problemOf translates one error.
+func problemOf(err error) *Problem {
+	for _, row := range table {
+		if errors.Is(err, row.err) {
+			p := newProblem(row.status, row.code)
+			p.Detail = row.err.Error()
+			return p
+		}
+	}
+	var refusal *domain.Refusal
+	if errors.As(err, &refusal) {
+		p := newProblem(http.StatusConflict, refusal.Code)
+		p.Detail = refusal.Error()
+		return p
+	}
+	var connect *pgconn.ConnectError
+	var pg *pgconn.PgError
+	switch {
+	case errors.As(err, &connect), pgconn.Timeout(err), pgconn.SafeToRetry(err),
+		errors.As(err, &pg) && (strings.HasPrefix(pg.Code, "57") || strings.HasPrefix(pg.Code, "08") || strings.HasPrefix(pg.Code, "53")):
+		// The database is away, starting, stopping or full: no fault of the request's.
+		slog.Warn("the database does not answer", "err", err)
+		return newProblem(http.StatusServiceUnavailable, "not-ready")
+	}
+	slog.Error("a request failed", "err", err)
+	return newProblem(http.StatusInternalServerError, "internal")
+}
+
+func newProblem(status int, code string) *Problem {
+	p := &Problem{Type: "urn:wharf:problem:" + code, Title: http.StatusText(status), Status: status}
+	if status == http.StatusServiceUnavailable {
+		p.retryAfter = "1"
+	}
+	return p
+}
+
+// codes are the problems that huma finds by itself.
+var codes = map[int]string{
+	http.StatusBadRequest:            "malformed",
+	http.StatusNotFound:              "unknown",
+	http.StatusMethodNotAllowed:      "method-not-allowed",
+	http.StatusNotAcceptable:         "not-acceptable",
+	http.StatusRequestTimeout:        "request-timeout",
+	http.StatusRequestEntityTooLarge: "too-large",
+	http.StatusUnsupportedMediaType:  "unsupported-media-type",
+	http.StatusUnprocessableEntity:   "invalid",
+}
+
+// newError is huma's constructor of errors: it is given its own findings with a status, and a handler's error with 500.
+func newError(status int, message string, errs ...error) huma.StatusError {
+	if status == http.StatusInternalServerError && len(errs) == 1 {
+		return problemOf(errs[0])
+	}
+	code, known := codes[status]
+	if !known {
+		code = "error"
+	}
+	p := newProblem(status, code)
+	p.Detail = message
+	seen := map[Field]bool{}
+	for _, err := range errs {
+		if err == nil {
+			continue
+		}
+		f := Field{Message: err.Error()}
+		var d huma.ErrorDetailer
+		if errors.As(err, &d) {
+			f = Field{d.ErrorDetail().Location, d.ErrorDetail().Message}
+		}
+		if !seen[f] {
+			seen[f] = true
+			p.Errors = append(p.Errors, f)
+		}
+	}
+	return p
+}
