@@ -1,6 +1,7 @@
 package domain
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"reflect"
@@ -38,9 +39,11 @@ func (es Events) Decode(name string, data []byte) (Event, error) {
 
 // Encode is the JSON that Decode reads.
 func Encode(e Event) ([]byte, error) {
-	data, err := json.Marshal(e)
-	if err != nil {
+	var b bytes.Buffer
+	encoder := json.NewEncoder(&b)
+	encoder.SetEscapeHTML(false) // which would make six bytes of one "&"
+	if err := encoder.Encode(e); err != nil {
 		return nil, fmt.Errorf("encode %s: %w", e.EventName(), err)
 	}
-	return data, nil
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), nil
 }

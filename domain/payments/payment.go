@@ -123,7 +123,9 @@ func (p Payment) Closed() bool {
 	return len(p.Intents) == 0 && (p.Status == StatusDeclined || p.Status == StatusVoided || p.Status == StatusRefunded)
 }
 
-func (p Payment) money(amount int64) domain.Money { return domain.Money{Amount: amount, Currency: p.Currency} }
+func (p Payment) money(amount int64) domain.Money {
+	return domain.Money{Amount: amount, Currency: p.Currency}
+}
 
 func (p Payment) open(i Intent) Payment {
 	p.Intents = append(slices.Clip(p.Intents), i)

@@ -244,7 +244,7 @@ func (w *watcher) changed(stream string) {
 	}
 }
 
-func (p *partition[S]) watch(ctx context.Context, f func(stream string, state S)) {
+func (p *partition[S]) watch(ctx context.Context, f func(stream string, state S, at domain.Position)) {
 	w := &watcher{map[string]struct{}{}, make(chan struct{}, 1)}
 	p.mu.Lock()
 	p.watchers[w] = struct{}{}
@@ -262,6 +262,7 @@ func (p *partition[S]) watch(ctx context.Context, f func(stream string, state S)
 	type change struct {
 		stream string
 		state  S
+		at     domain.Position
 	}
 	for {
 		select {
@@ -273,7 +274,7 @@ func (p *partition[S]) watch(ctx context.Context, f func(stream string, state S)
 		p.mu.Lock()
 		for name := range w.dirty {
 			if s := p.streams[name]; !s.quarantined {
-				changes = append(changes, change{name, s.state})
+				changes = append(changes, change{name, s.state, p.position(s.seq)})
 			}
 		}
 		clear(w.dirty)
@@ -282,7 +283,7 @@ func (p *partition[S]) watch(ctx context.Context, f func(stream string, state S)
 			if ctx.Err() != nil {
 				return
 			}
-			f(c.stream, c.state)
+			f(c.stream, c.state, c.at)
 		}
 	}
 }

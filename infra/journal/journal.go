@@ -126,6 +126,6 @@ func (j *Journal[S]) Handle(ctx context.Context, c commands.Command, decide comm
 }
 
 // Watch implements commands.Journal.
-func (j *Journal[S]) Watch(ctx context.Context, partition int32, f func(stream string, state S)) {
+func (j *Journal[S]) Watch(ctx context.Context, partition int32, f func(stream string, state S, at domain.Position)) {
 	j.partitions[partition].watch(ctx, f)
 }

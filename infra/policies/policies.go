@@ -1,0 +1,210 @@
+// Package policies answers the question "how does an event of one service become a command of another?". It runs a
+// service's table (commands/choreography.go) in Watermill's Router: an event is handed out once for each stream that
+// it concerns, in order per stream, and is done when the journal is certain of the outcome.
+package policies
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill"
+	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/ThreeDotsLabs/watermill/message/router/middleware"
+
+	"wharf/commands"
+	"wharf/domain"
+	"wharf/infra/journal"
+	"wharf/infra/kafka"
+)
+
+// Config is what the policies of one service need.
+type Config[S any] struct {
+	Service  string // also names the consumer group, see Group
+	Topics   []string
+	Journal  commands.Journal[S]
+	Policies commands.Policies[S]
+	// Owned runs for each partition that this replica owns. caughtUp waits until the policies have handled all that
+	// was there when it was called.
+	Owned  func(ctx context.Context, partition int32, caughtUp func(context.Context) error)
+	Logger *slog.Logger
+}
+
+// Group is the consumer group of the service's policies. Whoever owns a partition in it also publishes the
+// partition's events.
+func Group(service string) string { return service + ".policies" }
+
+const handleTimeout = 30 * time.Second
+
+// Runner runs the policies of one service.
+type Runner[S any] struct {
+	Config[S]
+	subscriber *kafka.Subscriber
+	cache      cache[S]
+}
+
+// New makes a runner that has not joined its group yet.
+func New[S any](client *kafka.Client, c Config[S]) *Runner[S] {
+	r := &Runner[S]{Config: c}
+	r.subscriber = kafka.NewSubscriber(client, kafka.SubscriberConfig{
+		Group: Group(c.Service), Targets: r.targets, Admit: admit, Owned: c.Owned,
+	})
+	return r
+}
+
+// Halted is nil, or says which source partition is not read any more, because an event is missing from it.
+func (r *Runner[S]) Halted() error { return r.subscriber.Halted() }
+
+// Run handles events until ctx ends.
+func (r *Runner[S]) Run(ctx context.Context) error {
+	logger := watermill.NewSlogLoggerWithLevelMapping(r.Logger, map[slog.Level]slog.Level{slog.LevelInfo: slog.LevelDebug})
+	router, err := message.NewRouter(message.RouterConfig{CloseTimeout: 10 * time.Second}, logger)
+	if err != nil {
+		return fmt.Errorf("make the router: %w", err)
+	}
+	router.AddMiddleware(
+		middleware.CorrelationID,
+		middleware.Retry{MaxRetries: 2, InitialInterval: 20 * time.Millisecond, Multiplier: 2,
+			ShouldRetry: func(p middleware.RetryParams) bool { return errors.Is(p.Err, commands.ErrConflict) },
+		}.Middleware,
+		middleware.Recoverer,
+	)
+	router.AddConsumerHandler(r.Service+"-policies", strings.Join(r.Topics, ","), r.subscriber, r.handle)
+	if err := router.Run(ctx); err != nil {
+		return fmt.Errorf("run the policies of %s: %w", r.Service, err)
+	}
+	return r.subscriber.Close()
+}
+
+// admit is the consumer rule: see journal.Next.
+func admit(topic string, record journal.Record, last int64) (int64, bool, error) {
+	e, ok := journal.ParseEvent(topic, record)
+	if !ok {
+		return last, false, nil
+	}
+	process, err := journal.Next(last, e)
+	if err != nil || !process {
+		return last, false, err
+	}
+	return e.Seq, true, nil
+}
+
+// targets is the streams that the event concerns. An event that cannot be read concerns none: no later try could read
+// it, and its stream is quarantined where it was written.
+func (r *Runner[S]) targets(msg *message.Message) []string {
+	e, err := r.entry(msg)
+	if err != nil {
+		r.Logger.Error("an event cannot be read and is passed over", "err", err)
+		return nil
+	}
+	return e.streams
+}
+
+// handle lets the journal decide the event's reaction on one stream. A refusal is an answer; everything else that is
+// no certain outcome is not, and the event comes again.
+func (r *Runner[S]) handle(msg *message.Message) error {
+	e, err := r.entry(msg)
+	if err != nil {
+		return err
+	}
+	stream := kafka.TargetOf(msg)
+	decide, ok := e.decide[stream]
+	if !ok {
+		return fmt.Errorf("event %s has no reaction on %q", e.event.Position, stream)
+	}
+	ctx, cancel := context.WithTimeout(msg.Context(), handleTimeout)
+	defer cancel()
+	_, err = r.Journal.Handle(ctx, commands.Command{
+		Stream: stream, IfMatch: commands.AnyVersion, Trace: e.event.Trace, Cause: e.event.Position, Group: Group(r.Service),
+	}, decide)
+	var refusal *domain.Refusal
+	if errors.As(err, &refusal) {
+		r.Logger.Warn("a policy was refused", "event", e.event.Position, "stream", stream, "refusal", refusal)
+		err = nil
+	}
+	if err != nil {
+		return fmt.Errorf("%s on %s: %w", e.event.Name, stream, err)
+	}
+	r.cache.done(msg)
+	return nil
+}
+
+// entry is an event with its reactions. Decoding an order of 2,000 lines once for each of its SKUs would be a waste,
+// so they are kept until all are done.
+type entry[S any] struct {
+	event   domain.Recorded
+	streams []string
+	decide  map[string]commands.Decision[S]
+	left    int
+}
+
+func (r *Runner[S]) entry(msg *message.Message) (*entry[S], error) {
+	topic, record := kafka.RecordOf(msg)
+	return r.cache.get(place{topic, record.Partition, record.Offset}, func() (*entry[S], error) {
+		event, ok := journal.ParseEvent(topic, record)
+		if !ok {
+			return nil, fmt.Errorf("record %s/%d/%d is no event", topic, record.Partition, record.Offset)
+		}
+		reactions, err := r.Policies.React(event)
+		if err != nil {
+			return nil, fmt.Errorf("event %s: %w", event.Position, err)
+		}
+		e := &entry[S]{event: event, decide: make(map[string]commands.Decision[S], len(reactions)), left: len(reactions)}
+		for _, reaction := range reactions {
+			e.streams = append(e.streams, reaction.Stream)
+			e.decide[reaction.Stream] = reaction.Decide
+		}
+		return e, nil
+	})
+}
+
+type place struct {
+	topic     string
+	partition int32
+	offset    int64
+}
+
+// cache forgets an event when all its reactions are done, and everything when it has grown too large: what is
+// forgotten is decoded again.
+type cache[S any] struct {
+	mu      sync.Mutex
+	entries map[place]*entry[S]
+}
+
+const maxCached = 20_000
+
+func (c *cache[S]) get(p place, decode func() (*entry[S], error)) (*entry[S], error) {
+	c.mu.Lock()
+	e := c.entries[p]
+	c.mu.Unlock()
+	if e != nil {
+		return e, nil
+	}
+	e, err := decode()
+	if err != nil || e.left == 0 {
+		return e, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.entries == nil || len(c.entries) >= maxCached {
+		c.entries = map[place]*entry[S]{}
+	}
+	c.entries[p] = e
+	return e, nil
+}
+
+func (c *cache[S]) done(msg *message.Message) {
+	topic, record := kafka.RecordOf(msg)
+	p := place{topic, record.Partition, record.Offset}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if e := c.entries[p]; e != nil {
+		if e.left--; e.left <= 0 {
+			delete(c.entries, p)
+		}
+	}
+}
