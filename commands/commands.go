@@ -55,6 +55,11 @@ type Journal[S any] interface {
 	// the decision's own error (on a state that was current after the call began), or one of the errors below.
 	Handle(context.Context, Command, Decision[S]) (Receipt, error)
 
+	// HandleInOrder handles commands to one stream, caused by events of one source partition, as Handle does one
+	// after the other, though perhaps in one commit. It returns how many have been handled, a refusal being an answer
+	// like any other, and why the next one has not: what comes after that has not been appended either.
+	HandleInOrder(context.Context, []Command, []Decision[S]) (int, error)
+
 	// Watch calls f with every open stream of the partition, and then with each stream that changes (several
 	// changes may come as one), until ctx ends. f runs in the caller's goroutine, and gets the state that is current
 	// and the position of the stream's last event.

@@ -114,15 +114,37 @@ func (j *Journal[S]) partition(stream string) *partition[S] {
 
 // Handle implements commands.Journal.
 func (j *Journal[S]) Handle(ctx context.Context, c commands.Command, decide commands.Decision[S]) (commands.Receipt, error) {
+	replies, err := j.handle(ctx, []commands.Command{c}, []commands.Decision[S]{decide})
+	if err != nil {
+		return commands.Receipt{}, err
+	}
+	return replies[0].receipt, replies[0].err
+}
+
+// HandleInOrder implements commands.Journal.
+func (j *Journal[S]) HandleInOrder(ctx context.Context, cs []commands.Command, ds []commands.Decision[S]) (int, error) {
+	replies, err := j.handle(ctx, cs, ds)
+	if err != nil {
+		return 0, err
+	}
+	for i, r := range replies {
+		if r.err != nil && !isRefusal(r.err) {
+			return i, r.err
+		}
+	}
+	return len(replies), nil
+}
+
+func (j *Journal[S]) handle(ctx context.Context, cs []commands.Command, ds []commands.Decision[S]) ([]reply, error) {
 	select {
 	case <-j.started:
 	case <-ctx.Done():
-		return commands.Receipt{}, fmt.Errorf("%w: the journal is starting", commands.ErrNotReady)
+		return nil, fmt.Errorf("%w: the journal is starting", commands.ErrNotReady)
 	}
-	if len(c.Stream) == 0 {
-		return commands.Receipt{}, errors.New("a command without a stream")
+	if len(cs) == 0 || cs[0].Stream == "" {
+		return nil, errors.New("a command without a stream")
 	}
-	return j.partition(c.Stream).handle(ctx, c, decide)
+	return j.partition(cs[0].Stream).handle(ctx, cs, ds)
 }
 
 // Watch implements commands.Journal.

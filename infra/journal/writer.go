@@ -20,7 +20,8 @@ type call[S commands.State[S]] struct {
 	commands.Command
 	decide       commands.Decision[S]
 	key, request digest
-	done         chan reply // holds one
+	reply        reply
+	run          *run[S]
 
 	attempts int  // proposals that lost
 	flying   bool // in a commit that was sent and is not resolved
@@ -34,10 +35,32 @@ type reply struct {
 	err     error
 }
 
+// run is the calls that were made together, in order. Once one has failed without a certain outcome, those behind it
+// must not be decided: the stream would take the one that failed for a repetition when it comes again.
+type run[S commands.State[S]] struct {
+	open   int           // calls without an answer
+	failed *call[S]      // the first that has failed
+	done   chan struct{} // closed when all have one
+}
+
+var errBehind = fmt.Errorf("%w: an earlier event of the same source has not been handled", commands.ErrNotReady)
+
+func isRefusal(err error) bool {
+	var r *domain.Refusal
+	return errors.As(err, &r)
+}
+
+// answer gives the call its answer, unless it has one.
 func (c *call[S]) answer(receipt commands.Receipt, err error) {
-	if !c.answered {
-		c.answered = true
-		c.done <- reply{receipt, err}
+	if c.answered {
+		return
+	}
+	c.answered, c.reply = true, reply{receipt, err}
+	if err != nil && !isRefusal(err) {
+		c.fail()
+	}
+	if c.run.open--; c.run.open == 0 {
+		close(c.run.done)
 	}
 }
 
@@ -67,51 +90,65 @@ type member[S commands.State[S]] struct {
 	err     error
 }
 
-// handle queues the command and waits for its answer.
-func (p *partition[S]) handle(ctx context.Context, cmd commands.Command, decide commands.Decision[S]) (commands.Receipt, error) {
-	c := &call[S]{Command: cmd, decide: decide, done: make(chan reply, 1)}
-	if cmd.Key != "" {
-		c.key, c.request = digestOf(cmd.Key), digestOf(cmd.Request)
+// handle queues the commands, which are to one stream, and waits for their answers.
+func (p *partition[S]) handle(ctx context.Context, cs []commands.Command, ds []commands.Decision[S]) ([]reply, error) {
+	r := &run[S]{open: len(cs), done: make(chan struct{})}
+	calls := make([]*call[S], len(cs))
+	for i, c := range cs {
+		calls[i] = &call[S]{Command: c, decide: ds[i], run: r}
+		if c.Key != "" {
+			calls[i].key, calls[i].request = digestOf(c.Key), digestOf(c.Request)
+		}
 	}
+	stream := cs[0].Stream
 	p.mu.Lock()
 	if err := p.admit(); err != nil {
 		p.mu.Unlock()
-		return commands.Receipt{}, err
+		return nil, err
 	}
 	p.calls++
-	l := p.lanes[cmd.Stream]
+	l := p.lanes[stream]
 	if l == nil {
 		l = &lane[S]{}
-		p.lanes[cmd.Stream] = l
+		p.lanes[stream] = l
 	}
-	l.queue = append(l.queue, c)
-	p.turn(cmd.Stream)
+	l.queue = append(l.queue, calls...)
+	p.turn(stream)
 	p.mu.Unlock()
 
-	var r reply
 	select {
-	case r = <-c.done:
+	case <-r.done:
 	case <-ctx.Done():
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.calls--
-	if !c.answered { // and it never will be decided again
-		c.answered = true
-		if c.flying {
-			return commands.Receipt{}, commands.ErrUnknownOutcome
+	if r.open > 0 {
+		// Out of time. What is unanswered now is never decided again by this replica.
+		for _, c := range calls {
+			if c.flying {
+				c.answer(commands.Receipt{}, commands.ErrUnknownOutcome)
+			} else {
+				c.answer(commands.Receipt{}, fmt.Errorf("%w: no outcome in time, and nothing was appended", commands.ErrNotReady))
+			}
 		}
-		if l := p.lanes[c.Stream]; l != nil {
-			l.queue = slices.DeleteFunc(l.queue, func(o *call[S]) bool { return o == c })
-			p.turn(c.Stream)
+		if l := p.lanes[stream]; l != nil {
+			l.queue = slices.DeleteFunc(l.queue, func(c *call[S]) bool { return c.run == r })
+			p.turn(stream)
 		}
-		return commands.Receipt{}, fmt.Errorf("%w: no outcome in time, and nothing was appended", commands.ErrNotReady)
 	}
-	select {
-	case r = <-c.done: // answered while the lock was awaited
-	default:
+	replies := make([]reply, len(calls))
+	for i, c := range calls {
+		replies[i] = c.reply
 	}
-	return r.receipt, r.err
+	return replies, nil
+}
+
+// fail keeps the calls behind this one from being decided.
+func (c *call[S]) fail() {
+	if c.run.failed == nil {
+		c.run.failed = c
+	}
 }
 
 // admit says whether one more call may wait.
@@ -205,6 +242,10 @@ func (g *group[S]) receipt(m member[S], seq int64) commands.Receipt {
 // decide decides one call on the draft. It answers at once what the folded state proves (a repetition), and adds a
 // member for everything else. It is false when the commit has no room for the call.
 func (g *group[S]) decide(c *call[S]) bool {
+	if f := c.run.failed; f != nil && f != c {
+		c.answer(commands.Receipt{}, errBehind)
+		return true
+	}
 	if g.stream.quarantined {
 		c.answer(commands.Receipt{}, commands.ErrQuarantined) // which nothing ever lifts
 		return true
@@ -243,6 +284,9 @@ func (g *group[S]) decide(c *call[S]) bool {
 		// Postgres and JSON readers have microseconds: a time that is finer would change on its way.
 		encoded[i] = frameEvent{g.NewID(), e.EventName(), g.Now().UTC().Truncate(time.Microsecond), data, c.Cause, c.Group}
 		size += len(data) + len(e.EventName()) + 128
+	}
+	if err != nil && !isRefusal(err) {
+		c.fail()
 	}
 	if n := len(g.frame.events); n > 0 && (n+len(events) > MaxEvents || g.bytes+size > maxGroupBytes) {
 		return false
