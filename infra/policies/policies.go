@@ -38,7 +38,10 @@ type Config[S any] struct {
 // partition's events.
 func Group(service string) string { return service + ".policies" }
 
-const handleTimeout = 30 * time.Second
+const (
+	handleTimeout = 30 * time.Second
+	maxBatch      = 128 // events for one stream that are handled together, if so many wait
+)
 
 // Runner runs the policies of one service.
 type Runner[S any] struct {
@@ -51,7 +54,7 @@ type Runner[S any] struct {
 func New[S any](client *kafka.Client, c Config[S]) *Runner[S] {
 	r := &Runner[S]{Config: c}
 	r.subscriber = kafka.NewSubscriber(client, kafka.SubscriberConfig{
-		Group: Group(c.Service), Targets: r.targets, Admit: admit, Owned: c.Owned,
+		Group: Group(c.Service), Targets: r.targets, Admit: admit, Owned: c.Owned, Batch: maxBatch,
 	})
 	return r
 }
@@ -96,7 +99,7 @@ func admit(topic string, record journal.Record, last int64) (int64, bool, error)
 // targets is the streams that the event concerns. An event that cannot be read concerns none: no later try could read
 // it, and its stream is quarantined where it was written.
 func (r *Runner[S]) targets(msg *message.Message) []string {
-	e, err := r.entry(msg)
+	e, err := r.entry(kafka.RecordOf(msg))
 	if err != nil {
 		r.Logger.Error("an event cannot be read and is passed over", "err", err)
 		return nil
@@ -104,32 +107,35 @@ func (r *Runner[S]) targets(msg *message.Message) []string {
 	return e.streams
 }
 
-// handle lets the journal decide the event's reaction on one stream. A refusal is an answer; everything else that is
-// no certain outcome is not, and the event comes again.
+// handle lets the journal decide the events' reactions on one stream. A refusal is an answer; everything else that is
+// no certain outcome is not, and the events come again.
 func (r *Runner[S]) handle(msg *message.Message) error {
-	e, err := r.entry(msg)
-	if err != nil {
-		return err
-	}
+	topic, records := kafka.RecordsOf(msg)
 	stream := kafka.TargetOf(msg)
-	decide, ok := e.decide[stream]
-	if !ok {
-		return fmt.Errorf("event %s has no reaction on %q", e.event.Position, stream)
+	cmds := make([]commands.Command, len(records))
+	decisions := make([]commands.Decision[S], len(records))
+	for i, record := range records {
+		e, err := r.entry(topic, record)
+		if err != nil {
+			return err
+		}
+		decide, ok := e.decide[stream]
+		if !ok {
+			return fmt.Errorf("event %s has no reaction on %q", e.event.Position, stream)
+		}
+		cmds[i] = commands.Command{Stream: stream, IfMatch: commands.AnyVersion, Trace: e.event.Trace,
+			Cause: e.event.Position, Group: Group(r.Service)}
+		decisions[i] = decide
 	}
 	ctx, cancel := context.WithTimeout(msg.Context(), handleTimeout)
 	defer cancel()
-	_, err = r.Journal.Handle(ctx, commands.Command{
-		Stream: stream, IfMatch: commands.AnyVersion, Trace: e.event.Trace, Cause: e.event.Position, Group: Group(r.Service),
-	}, decide)
-	var refusal *domain.Refusal
-	if errors.As(err, &refusal) {
-		r.Logger.Warn("a policy was refused", "event", e.event.Position, "stream", stream, "refusal", refusal)
-		err = nil
-	}
+	n, err := r.Journal.HandleInOrder(ctx, cmds, decisions)
 	if err != nil {
-		return fmt.Errorf("%s on %s: %w", e.event.Name, stream, err)
+		return fmt.Errorf("%s on %s: %w", cmds[n].Cause, stream, err)
 	}
-	r.cache.done(msg)
+	for _, record := range records {
+		r.cache.done(place{topic, record.Partition, record.Offset})
+	}
 	return nil
 }
 
@@ -142,8 +148,7 @@ type entry[S any] struct {
 	left    int
 }
 
-func (r *Runner[S]) entry(msg *message.Message) (*entry[S], error) {
-	topic, record := kafka.RecordOf(msg)
+func (r *Runner[S]) entry(topic string, record journal.Record) (*entry[S], error) {
 	return r.cache.get(place{topic, record.Partition, record.Offset}, func() (*entry[S], error) {
 		event, ok := journal.ParseEvent(topic, record)
 		if !ok {
@@ -197,9 +202,7 @@ func (c *cache[S]) get(p place, decode func() (*entry[S], error)) (*entry[S], er
 	return e, nil
 }
 
-func (c *cache[S]) done(msg *message.Message) {
-	topic, record := kafka.RecordOf(msg)
-	p := place{topic, record.Partition, record.Offset}
+func (c *cache[S]) done(p place) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if e := c.entries[p]; e != nil {
