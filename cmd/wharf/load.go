@@ -1,0 +1,44 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+
+	"wharf/infra/load"
+)
+
+type urlFlag struct {
+	URL string `env:"WHARF_URL" default:"http://127.0.0.1:8080" help:"The shop."`
+}
+
+type loadCmd struct {
+	urlFlag
+	File        string `type:"existingfile" help:"Invoices, as CSV, gzipped or not. Without it orders are made up."`
+	Stock       int    `default:"100" help:"Per cent of what the orders ask for that is received."`
+	Orders      int    `help:"At most so many orders; 0 for all of the file, or 100 made-up ones."`
+	Concurrency int    `default:"64" help:"Commands at a time."`
+	JSON        bool   `help:"Print the report as JSON."`
+}
+
+// Run implements the subcommand.
+func (c *loadCmd) Run(ctx context.Context) error {
+	switch {
+	case c.Stock < 0 || c.Stock > 10_000:
+		return usageError("--stock must be from 0 to 10000 per cent")
+	case c.Orders < 0:
+		return usageError("--orders must not be negative")
+	case c.Concurrency < 1 || c.Concurrency > 4096:
+		return usageError("--concurrency must be from 1 to 4096")
+	}
+	report, err := load.Run(ctx, load.Options{URL: baseURL(c.URL), File: c.File, Stock: c.Stock, Orders: c.Orders,
+		Concurrency: c.Concurrency, Progress: os.Stderr})
+	if err != nil {
+		return err
+	}
+	if c.JSON {
+		return printJSON(report)
+	}
+	fmt.Print(report)
+	return nil
+}

@@ -1,0 +1,149 @@
+// Command wharf is every program of the shop: one binary, a subcommand each. It answers the question "how do the
+// parts make a running system?"; each file here is one program, one straight page. Read orders.go for a service and
+// demo.go for all of it in one process; program.go has what they share.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/alecthomas/kong"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/propagation"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+)
+
+type cli struct {
+	Demo demoCmd `cmd:"" help:"Run the whole shop in one process, with nothing to install."`
+
+	Orders          ordersCmd          `cmd:"" group:"Services" help:"Run the orders service."`
+	Inventory       inventoryCmd       `cmd:"" group:"Services" help:"Run the inventory service."`
+	Payments        paymentsCmd        `cmd:"" group:"Services" help:"Run the payments service."`
+	Shipping        shippingCmd        `cmd:"" group:"Services" help:"Run the shipping service."`
+	Projector       projectorCmd       `cmd:"" group:"Services" help:"Keep the read models in Postgres up to date."`
+	Query           queryCmd           `cmd:"" group:"Services" help:"Serve the query API."`
+	PaymentProvider paymentProviderCmd `cmd:"" group:"Services" help:"Run the stand-in for an external payment provider."`
+
+	Topics      topicsCmd      `cmd:"" group:"Operations" help:"Create and check the topics."`
+	Replay      replayCmd      `cmd:"" group:"Operations" help:"Build read models anew from the log and swap them in."`
+	Projections projectionsCmd `cmd:"" group:"Operations" help:"Show where the read models stand."`
+	Health      healthCmd      `cmd:"" group:"Operations" help:"Ask a program's /readyz; exit 1 when it is not ready."`
+	Audit       auditCmd       `cmd:"" group:"Operations" help:"Check the invariants of a running shop over HTTP; exit 1 when one is broken."`
+	Load        loadCmd        `cmd:"" group:"Operations" help:"Drive the HTTP API with invoices or made-up customers, and report."`
+
+	LogLevel  slog.Level `default:"info" env:"WHARF_LOG_LEVEL" help:"Log debug, info, warn or error and worse."`
+	LogFormat string     `default:"text" enum:"text,json" env:"WHARF_LOG_FORMAT" help:"Log as text or json."`
+}
+
+// The exit codes of every program.
+const (
+	exitFailed      = 1
+	exitUsage       = 2
+	exitInterrupted = 130
+)
+
+func main() { os.Exit(run(os.Args[1:])) }
+
+func run(args []string) int {
+	var c cli
+	code := -1
+	parser := kong.Must(&c, kong.Name("wharf"), kong.UsageOnError(), kong.Writers(os.Stdout, os.Stderr),
+		kong.Description("An order-fulfilment shop, event-sourced on Kafka. Start with: wharf demo"),
+		kong.Exit(func(n int) { code = n }))
+	parsed, err := parser.Parse(args)
+	if code == 0 {
+		return 0 // --help
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "wharf: %v\nTry: wharf --help\n", err)
+		return exitUsage
+	}
+	options := &slog.HandlerOptions{Level: c.LogLevel}
+	var handler slog.Handler = slog.NewTextHandler(os.Stderr, options)
+	if c.LogFormat == "json" {
+		handler = slog.NewJSONHandler(os.Stderr, options)
+	}
+	slog.SetDefault(slog.New(handler))
+	// Traces are made and passed on through HTTP, commits and events; who wants to see them adds an exporter here.
+	otel.SetTracerProvider(sdktrace.NewTracerProvider())
+	otel.SetTextMapPropagator(propagation.TraceContext{})
+
+	ctx, cancel := context.WithCancelCause(context.Background())
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		s := <-signals
+		cancel(interrupted{s})
+		<-signals // a second one does not wait
+		os.Exit(exitInterrupted)
+	}()
+	parsed.BindTo(ctx, (*context.Context)(nil))
+	err = parsed.Run()
+	var by interrupted
+	switch {
+	case errors.As(context.Cause(ctx), &by) && (err == nil || errors.Is(err, context.Canceled)):
+		if by.signal == syscall.SIGTERM && err == nil {
+			return 0 // a server that was told to stop, and did
+		}
+		return exitInterrupted
+	case err != nil:
+		fmt.Fprintf(os.Stderr, "wharf %s: %v\n", parsed.Command(), err)
+		var usage usageError
+		if errors.As(err, &usage) {
+			return exitUsage
+		}
+		return exitFailed
+	}
+	return 0
+}
+
+// interrupted is why the context of a program ended.
+type interrupted struct{ signal os.Signal }
+
+func (i interrupted) Error() string { return i.signal.String() }
+
+// usageError is a mistake in how a program was called.
+type usageError string
+
+func (e usageError) Error() string { return string(e) }
+
+// brokersFlag, databaseFlag and addrFlag are flags that many programs have.
+type brokersFlag struct {
+	KafkaBrokers []string `name:"kafka-brokers" env:"WHARF_KAFKA_BROKERS" required:"" placeholder:"HOST:PORT" help:"Kafka's brokers."`
+}
+
+type databaseFlag struct {
+	DatabaseURL string `name:"database-url" env:"WHARF_DATABASE_URL" required:"" placeholder:"URL" help:"The Postgres of the read models."`
+}
+
+type addrFlag struct {
+	Addr string `env:"WHARF_ADDR" default:":8080" help:"Address to serve HTTP at."`
+}
+
+type partitionsFlag struct {
+	Partitions int `env:"WHARF_PARTITIONS" default:"12" help:"Partitions of every topic. Fixed once there are topics."`
+}
+
+// Validate implements kong's validation.
+func (f partitionsFlag) Validate() error {
+	if f.Partitions < 1 || f.Partitions > 1000 {
+		return errors.New("--partitions must be from 1 to 1000")
+	}
+	return nil
+}
+
+func positive(name string, d time.Duration) error {
+	if d <= 0 {
+		return usageError(name + " must be above 0")
+	}
+	return nil
+}
+
+func baseURL(s string) string { return strings.TrimRight(s, "/") }

@@ -1,0 +1,96 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"text/tabwriter"
+
+	"wharf/infra/embedded"
+	"wharf/infra/kafka"
+	"wharf/infra/postgres"
+	"wharf/projections"
+)
+
+// storesFlag names Kafka and Postgres, or a demo that has both.
+type storesFlag struct {
+	KafkaBrokers []string `name:"kafka-brokers" env:"WHARF_KAFKA_BROKERS" placeholder:"HOST:PORT" help:"Kafka's brokers; those of the running demo if not given."`
+	DatabaseURL  string   `name:"database-url" env:"WHARF_DATABASE_URL" placeholder:"URL" help:"The Postgres of the read models; that of the running demo if not given."`
+	demoFlag
+	partitionsFlag
+}
+
+// resolve finds what was not named in the running demo.
+func (f *storesFlag) resolve() error {
+	if len(f.KafkaBrokers) > 0 && f.DatabaseURL != "" {
+		return nil
+	}
+	demo, err := embedded.ReadRuntime(f.DataDir)
+	if err != nil {
+		return err
+	}
+	if len(f.KafkaBrokers) == 0 {
+		f.KafkaBrokers = demo.Brokers
+	}
+	if f.DatabaseURL == "" {
+		f.DatabaseURL = demo.DatabaseURL
+	}
+	return nil
+}
+
+type projectionsCmd struct {
+	storesFlag
+	JSON bool `help:"Print them as JSON."`
+}
+
+// Run implements the subcommand.
+func (c *projectionsCmd) Run(ctx context.Context) error {
+	if err := c.resolve(); err != nil {
+		return err
+	}
+	client, err := kafka.Connect(ctx, kafka.Config{Brokers: c.KafkaBrokers, ClientID: "wharf-projections"})
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	pool, err := postgres.OpenQuery(ctx, c.DatabaseURL)
+	if err != nil {
+		return err
+	}
+	defer pool.Close()
+	partitions, err := client.Partitions(ctx, projections.OrdersTopic)
+	if err != nil {
+		return err
+	}
+	status, err := projections.ReadStatus(ctx, pool, lags{client, partitions})
+	if err != nil {
+		return err
+	}
+	if c.JSON {
+		return printJSON(status)
+	}
+	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "READ MODEL\tBUILD\tVERSION\tSTATE\tLAG\tEVENTS SEEN")
+	for _, b := range status.Items {
+		var seen []string
+		for _, topic := range slices.Sorted(maps.Keys(b.Position)) {
+			seen = append(seen, fmt.Sprintf("%s %d", strings.TrimSuffix(topic, ".events"), b.Position[topic]))
+		}
+		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%d\t%s\n", b.Name, b.Build, b.Version, b.State, b.Lag, strings.Join(seen, ", "))
+		if b.Error != "" {
+			fmt.Fprintf(w, "\t\t\t%s\n", b.Error)
+		}
+	}
+	fmt.Fprintln(w, "\nPOLICIES OF\tLAG")
+	for _, p := range status.Policies {
+		fmt.Fprintf(w, "%s\t%d\n", p.Service, p.Lag)
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	fmt.Printf("\nopen payment intents: %d\n", status.OpenIntents)
+	return nil
+}

@@ -1,0 +1,113 @@
+package main
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/danielgtaylor/huma/v2"
+	"golang.org/x/sync/errgroup"
+
+	ordersapi "wharf/commands/orders"
+
+	inventoryapi "wharf/commands/inventory"
+	paymentsapi "wharf/commands/payments"
+	shippingapi "wharf/commands/shipping"
+	"wharf/infra/kafka"
+	"wharf/infra/policies"
+	"wharf/infra/postgres"
+	"wharf/projections"
+)
+
+type queryCmd struct {
+	brokersFlag
+	databaseFlag
+	partitionsFlag
+	addrFlag
+}
+
+// Run implements the subcommand.
+func (c *queryCmd) Run(ctx context.Context) error {
+	l, err := listen(c.Addr)
+	if err != nil {
+		return err
+	}
+	client, err := kafka.Connect(ctx, kafka.Config{Brokers: c.KafkaBrokers, ClientID: "wharf-query"})
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	q, err := queryPart(ctx, client, c.DatabaseURL, c.Partitions)
+	if err != nil {
+		return err
+	}
+	return serve(ctx, l, q)
+}
+
+// queryPart serves the read models. It can read their views and do nothing else.
+func queryPart(ctx context.Context, client *kafka.Client, url string, partitions int) (part, error) {
+	pool, err := postgres.OpenQuery(ctx, url)
+	if err != nil {
+		return part{}, err
+	}
+	return part{
+		register: func(api huma.API) { projections.Register(api, pool, lags{client, partitions}) },
+		run: func(ctx context.Context) error {
+			<-ctx.Done()
+			pool.Close()
+			return nil
+		},
+		ready: func() error {
+			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+			defer cancel()
+			return projections.Ready(ctx, pool)
+		},
+	}, nil
+}
+
+// lags is what Kafka knows of how far everybody is. It implements projections.Lags.
+type lags struct {
+	client     *kafka.Client
+	partitions int
+}
+
+func (l lags) Ends(ctx context.Context, topics []string) (map[string]map[int32]int64, error) {
+	var mu sync.Mutex
+	ends := map[string]map[int32]int64{}
+	group, ctx := errgroup.WithContext(ctx)
+	for _, topic := range topics {
+		ends[topic] = map[int32]int64{}
+		for p := range int32(l.partitions) {
+			group.Go(func() error {
+				end, err := l.client.Reader(topic).End(ctx, p)
+				mu.Lock()
+				defer mu.Unlock()
+				ends[topic][p] = end
+				return err
+			})
+		}
+	}
+	return ends, group.Wait()
+}
+
+func (l lags) Policies(ctx context.Context) ([]projections.PolicyLag, error) {
+	all := make([]projections.PolicyLag, len(services))
+	group, ctx := errgroup.WithContext(ctx)
+	for i, service := range services {
+		group.Go(func() error {
+			lag, err := l.client.GroupLag(ctx, policies.Group(service), publicTopics(sources[service]...))
+			all[i] = projections.PolicyLag{Service: service, Lag: lag}
+			return err
+		})
+	}
+	return all, group.Wait()
+}
+
+// allRoutes registers every route of the shop, to be documented: none of them can be called.
+func allRoutes(api huma.API) {
+	ordersapi.Register(api, ordersapi.Service{})
+	inventoryapi.Register(api, inventoryapi.Service{})
+	paymentsapi.Register(api, paymentsapi.Service{})
+	shippingapi.Register(api, shippingapi.Service{})
+	projections.Register(api, nil, nil)
+}

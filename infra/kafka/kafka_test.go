@@ -1,0 +1,128 @@
+package kafka
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/twmb/franz-go/pkg/kfake"
+	"go.uber.org/goleak"
+
+	"wharf/infra/journal"
+)
+
+// The tests speak the real protocol: to a broker in this process, or to the one at WHARF_TEST_KAFKA (host:port).
+
+const wait = 30 * time.Second // bounds what must happen; nothing is expected to take that long
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// brokers is the address of a broker: a new one, but where a real one is given.
+func brokers(t testing.TB, opts ...kfake.Opt) []string {
+	if real := os.Getenv("WHARF_TEST_KAFKA"); real != "" {
+		return strings.Split(real, ",")
+	}
+	cluster, err := kfake.NewCluster(append([]kfake.Opt{kfake.NumBrokers(1),
+		kfake.GroupMinSessionTimeout(time.Second)}, opts...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(cluster.Close)
+	return cluster.ListenAddrs()
+}
+
+func connect(t testing.TB, brokers []string) *Client {
+	level := slog.LevelError
+	if testing.Verbose() {
+		level = slog.LevelWarn
+	}
+	c, err := Connect(t.Context(), Config{
+		Brokers: brokers, Heartbeat: 100 * time.Millisecond, SessionTimeout: 6 * time.Second,
+		Logger: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: level})),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return c
+}
+
+// topic creates a topic that nobody else uses.
+func topic(t testing.TB, c *Client, partitions int32) string {
+	name := regexp.MustCompile(`[^a-zA-Z0-9]+`).ReplaceAllString(t.Name(), "-") + "-" + uuid.NewString()[:8]
+	if err := c.CreateTopics(t.Context(), []TopicSpec{{Name: name, Partitions: partitions, Replication: 1}}); err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
+// bounded is the test's context with a time-out.
+func bounded(t testing.TB) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), wait)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// numbered is n records for a partition, whose values are numbers from `from` on.
+func numbered(partition int32, from, n int) []journal.Record {
+	rs := make([]journal.Record, n)
+	for i := range rs {
+		v := strconv.Itoa(from + i)
+		rs[i] = journal.Record{Partition: partition, Key: []byte("k" + v), Value: []byte(v)}
+	}
+	return rs
+}
+
+func appendAll(t testing.TB, log *PublicLog, partition int32, records []journal.Record) {
+	t.Helper()
+	if err := log.AppendBatch(t.Context(), partition, records); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestConnectNamesTheBrokers(t *testing.T) {
+	_, err := Connect(t.Context(), Config{Brokers: []string{"127.0.0.1:1"}, ConnectTimeout: 300 * time.Millisecond})
+	if err == nil || !strings.Contains(err.Error(), "127.0.0.1:1") {
+		t.Fatalf("got %v, want an error that names the broker", err)
+	}
+}
+
+func TestClosedClient(t *testing.T) {
+	c := connect(t, brokers(t))
+	name := topic(t, c, 1)
+	log := c.Log(name)
+	reading := make(chan error)
+	seen := make(chan struct{})
+	go func() {
+		reading <- log.Read(context.Background(), 0, 0, func(journal.Batch) error { close(seen); return nil })
+	}()
+	if err := log.Append(t.Context(), numbered(0, 0, 1)[0]); err != nil {
+		t.Fatal(err)
+	}
+	<-seen
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-reading; err != ErrClosed {
+		t.Errorf("Read: got %v, want ErrClosed", err)
+	}
+	if err := log.Append(t.Context(), numbered(0, 0, 1)[0]); err == nil {
+		t.Error("Append: want an error")
+	}
+	if _, err := log.End(t.Context(), 0); err == nil {
+		t.Error("End: want an error")
+	}
+	if err := log.Read(t.Context(), 0, 0, func(journal.Batch) error { return nil }); err != ErrClosed {
+		t.Errorf("Read: got %v, want ErrClosed", err)
+	}
+}

@@ -1,0 +1,166 @@
+package kafka
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/IBM/sarama"
+
+	"wharf/infra/journal"
+)
+
+// Log is a service's journal topic. It is a journal.Log.
+type Log struct{ *Reader }
+
+// Log is the journal topic of that name.
+func (c *Client) Log(topic string) *Log { return &Log{c.Reader(topic)} }
+
+// Append publishes the record through Watermill's Publisher; appends of many goroutines travel together. When ctx
+// ends first its error is returned, and the record is still being sent.
+func (l *Log) Append(ctx context.Context, r journal.Record) error {
+	err := l.c.do(ctx, func() error { return l.c.pub.Publish(l.topic, newCommitMessage(r)) })
+	if err != nil {
+		return fmt.Errorf("append to %s partition %d: %w", l.topic, r.Partition, refused(err))
+	}
+	return nil
+}
+
+// refused marks the errors that no repetition can cure.
+func refused(err error) error {
+	for _, final := range []error{
+		sarama.ErrMessageSizeTooLarge, sarama.ErrMessageSetSizeTooLarge,
+		sarama.ErrTopicAuthorizationFailed, sarama.ErrClusterAuthorizationFailed,
+	} {
+		if errors.Is(err, final) {
+			return fmt.Errorf("%w: %w", journal.ErrRefused, err)
+		}
+	}
+	var tooLarge sarama.ConfigurationError // is what Sarama calls a message that it does not even send
+	if errors.As(err, &tooLarge) {
+		return fmt.Errorf("%w: %w", journal.ErrRefused, err)
+	}
+	return err
+}
+
+// PublicLog is a service's public topic. It is a journal.PublicLog.
+type PublicLog struct{ *Reader }
+
+// PublicLog is the public topic of that name.
+func (c *Client) PublicLog(topic string) *PublicLog { return &PublicLog{c.Reader(topic)} }
+
+// produceConns is how many connections to a broker share the batches, by partition: a connection carries one request
+// at a time.
+const produceConns = 4
+
+// AppendBatch publishes the records as one atomic record batch. The time of a record is that of its ce_time header, if
+// it has one that is not in the future (which brokers refuse), or else now. When ctx ends first its error is returned, and the
+// batch is still being sent.
+func (l *PublicLog) AppendBatch(ctx context.Context, partition int32, records []journal.Record) error {
+	if len(records) == 0 {
+		return nil
+	}
+	batch := newBatch(records, time.Now())
+	for retry := (backoff{}); ; {
+		written, err := l.produce(ctx, partition, batch, retry.tries > 0)
+		if err == nil {
+			return nil
+		}
+		// Trying again is safe only while it is certain that nothing was written.
+		if written || retry.tries >= l.c.conf.Producer.Retry.Max || errors.Is(err, ErrClosed) || !retry.sleep(ctx) {
+			return fmt.Errorf("append to %s partition %d: %w", l.topic, partition, refused(err))
+		}
+	}
+}
+
+// produce sends the batch once. With an error, written is false if it certainly is not in the log and never will be.
+func (l *PublicLog) produce(
+	ctx context.Context, partition int32, batch *sarama.RecordBatch, refresh bool,
+) (written bool, err error) {
+	addr, err := l.c.leader(ctx, l.topic, partition, refresh)
+	if err != nil {
+		return false, err
+	}
+	req := &sarama.ProduceRequest{
+		Version:      7,
+		RequiredAcks: sarama.WaitForAll,
+		Timeout:      int32(l.c.conf.Producer.Timeout.Milliseconds()),
+	}
+	req.AddBatch(l.topic, partition, batch)
+	// The answer comes by a channel and not by captured variables: it may come after ctx has ended.
+	type answer struct {
+		sent bool
+		resp *sarama.ProduceResponse
+		err  error
+	}
+	got := make(chan answer, 1)
+	err = l.c.do(ctx, func() error {
+		conn := l.c.conn(addr, "produce"+strconv.Itoa(int(partition)%produceConns))
+		if ok, err := conn.Connected(); !ok {
+			got <- answer{err: fmt.Errorf("no connection to broker %s: %w", addr, errors.Join(sarama.ErrNotConnected, err))}
+			return nil
+		}
+		resp, err := conn.Produce(req)
+		got <- answer{true, resp, err}
+		return nil
+	})
+	if err != nil {
+		return !errors.Is(err, ErrClosed), err
+	}
+	a := <-got
+	if a.err != nil {
+		return a.sent, a.err
+	}
+	block := a.resp.GetBlock(l.topic, partition)
+	if block == nil {
+		return true, errors.New("the broker's answer does not speak of the partition")
+	}
+	switch block.Err {
+	case sarama.ErrNoError:
+		return true, nil
+	case sarama.ErrNotLeaderForPartition, sarama.ErrLeaderNotAvailable, sarama.ErrUnknownTopicOrPartition,
+		sarama.ErrNotEnoughReplicas: // all are found before anything is written
+		return false, block.Err
+	}
+	return true, block.Err
+}
+
+// newBatch is the record batch of these records. It names no producer: the publisher repeats itself by reading its
+// own output, not by sequence numbers.
+func newBatch(records []journal.Record, now time.Time) *sarama.RecordBatch {
+	b := &sarama.RecordBatch{
+		Version:         2,
+		ProducerID:      -1,
+		ProducerEpoch:   -1,
+		FirstSequence:   -1,
+		LastOffsetDelta: int32(len(records) - 1),
+		Records:         make([]*sarama.Record, len(records)),
+	}
+	for i, r := range records {
+		at := now
+		headers := make([]sarama.RecordHeader, len(r.Headers))
+		refs := make([]*sarama.RecordHeader, len(r.Headers))
+		for j, h := range r.Headers {
+			if h.Key == timeHeader {
+				if t, err := time.Parse(time.RFC3339Nano, string(h.Value)); err == nil && t.Before(now) && t.Unix() >= 0 {
+					at = t
+				}
+			}
+			headers[j] = sarama.RecordHeader{Key: []byte(h.Key), Value: h.Value}
+			refs[j] = &headers[j]
+		}
+		at = at.Truncate(time.Millisecond)
+		if i == 0 {
+			b.FirstTimestamp, b.MaxTimestamp = at, at
+		}
+		if at.After(b.MaxTimestamp) {
+			b.MaxTimestamp = at
+		}
+		b.Records[i] = &sarama.Record{
+			OffsetDelta: int64(i), TimestampDelta: at.Sub(b.FirstTimestamp), Key: r.Key, Value: r.Value, Headers: refs,
+		}
+	}
+	return b
+}

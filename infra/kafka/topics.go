@@ -1,0 +1,232 @@
+package kafka
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+
+	"github.com/IBM/sarama"
+)
+
+// TopicSpec is what a topic has to be like. Every topic of the shop is the source of truth or a copy of it: nothing
+// may ever be deleted, compacted or lost to an unclean election.
+type TopicSpec struct {
+	Name        string
+	Partitions  int32
+	Replication int16
+}
+
+// minInSync is the min.insync.replicas that a topic needs: a record must survive the loss of one broker, where there
+// are enough of them.
+func (s TopicSpec) minInSync() int {
+	if s.Replication >= 3 {
+		return 2
+	}
+	return 1
+}
+
+// config is the settings that the topic is created with.
+func (s TopicSpec) config() map[string]string {
+	return map[string]string{
+		"cleanup.policy":                 "delete",
+		"retention.ms":                   "-1",
+		"retention.bytes":                "-1",
+		"unclean.leader.election.enable": "false",
+		"min.insync.replicas":            strconv.Itoa(s.minInSync()),
+		"max.message.bytes":              strconv.Itoa(topicMessageBytes),
+	}
+}
+
+// CreateTopics creates the topics that do not exist, and returns when all can be used. One that exists is left as it is:
+// CheckTopics tells whether it will do.
+func (c *Client) CreateTopics(ctx context.Context, specs []TopicSpec) error {
+	for _, s := range specs {
+		err := c.admin(ctx, func(a sarama.ClusterAdmin) error {
+			detail := &sarama.TopicDetail{
+				NumPartitions: s.Partitions, ReplicationFactor: s.Replication, ConfigEntries: map[string]*string{},
+			}
+			for setting, value := range s.config() {
+				detail.ConfigEntries[setting] = &value
+			}
+			err := a.CreateTopic(s.Name, detail, false)
+			if errors.Is(err, sarama.ErrTopicAlreadyExists) {
+				return nil
+			}
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("create topic %s: %w", s.Name, err)
+		}
+	}
+	// The cluster knows a new topic some time before its leaders serve it.
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.ConnectTimeout)
+	defer cancel()
+	for _, s := range specs {
+		for p := range s.Partitions {
+			if _, err := c.Reader(s.Name).End(ctx, p); err != nil {
+				return fmt.Errorf("create topic %s: %w", s.Name, err)
+			}
+		}
+	}
+	return nil
+}
+
+// CheckTopics is nil when all the topics are as they must be. Otherwise the error has a line for every problem, which
+// names the topic, the setting, what was found, what is wanted and how to set it right.
+func (c *Client) CheckTopics(ctx context.Context, specs []TopicSpec) error {
+	names := make([]string, len(specs))
+	for i, s := range specs {
+		names[i] = s.Name
+	}
+	var problems []error
+	err := c.admin(ctx, func(a sarama.ClusterAdmin) error {
+		found, err := a.DescribeTopics(names)
+		if err != nil {
+			return err
+		}
+		byName := map[string]*sarama.TopicMetadata{}
+		for _, t := range found {
+			byName[t.Name] = t
+		}
+		problems = nil // of an earlier try
+		for _, s := range specs {
+			t := byName[s.Name]
+			switch {
+			case t == nil || t.Err == sarama.ErrUnknownTopicOrPartition:
+				problems = append(problems, fmt.Errorf("topic %s does not exist: create it with `wharf topics`", s.Name))
+				continue
+			case t.Err != sarama.ErrNoError:
+				return fmt.Errorf("topic %s: %w", s.Name, t.Err)
+			}
+			entries, err := a.DescribeConfig(sarama.ConfigResource{Type: sarama.TopicResource, Name: s.Name})
+			if err != nil {
+				return fmt.Errorf("topic %s: %w", s.Name, err)
+			}
+			config := map[string]string{}
+			for _, e := range entries {
+				config[e.Name] = e.Value
+			}
+			problems = append(problems, s.problems(t, config)...)
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("check the topics: %w", err)
+	}
+	return errors.Join(problems...)
+}
+
+// problems compares what was found with what is wanted.
+func (s TopicSpec) problems(t *sarama.TopicMetadata, config map[string]string) (problems []error) {
+	replicas := int(s.Replication)
+	for _, p := range t.Partitions {
+		replicas = min(replicas, len(p.Replicas))
+	}
+	problem := func(setting, found, wanted, fix string) {
+		problems = append(problems, fmt.Errorf("topic %s: %s is %s, wanted %s: %s",
+			s.Name, setting, or(found, "not set"), wanted, fix))
+	}
+	set := func(setting, wanted, value string) {
+		problem(setting, config[setting], wanted, fmt.Sprintf(
+			"kafka-configs.sh --alter --entity-type topics --entity-name %s --add-config %s=%s", s.Name, setting, value))
+	}
+	if found := len(t.Partitions); found != int(s.Partitions) {
+		problem("the partition count", strconv.Itoa(found), strconv.Itoa(int(s.Partitions)), fmt.Sprintf(
+			"run with %d partitions, or make all topics anew (the count of a topic with events in it cannot be changed)", found))
+	}
+	if replicas < int(s.Replication) {
+		problem("the replication factor", strconv.Itoa(replicas), strconv.Itoa(int(s.Replication)),
+			"kafka-reassign-partitions.sh, or run with that replication factor")
+	}
+	created := s.config()
+	for _, setting := range slices.Sorted(maps.Keys(created)) {
+		wanted := created[setting]
+		found, ok := config[setting]
+		n, err := strconv.ParseInt(found, 10, 64)
+		number := err == nil
+		switch setting {
+		case "min.insync.replicas":
+			if !number || n < int64(s.minInSync()) {
+				set(setting, "at least "+wanted, wanted)
+			} else if n > int64(replicas) {
+				set(setting, fmt.Sprintf("at most %d (or nothing can be written)", replicas), wanted)
+			}
+		case "max.message.bytes":
+			if !number || n < minTopicMessageBytes {
+				set(setting, "at least "+strconv.Itoa(minTopicMessageBytes), wanted)
+			}
+		case "unclean.leader.election.enable":
+			if ok && found != wanted { // some brokers do not report it while it is not set, and then it is false
+				set(setting, wanted, wanted)
+			}
+		default:
+			if found != wanted {
+				set(setting, wanted, wanted)
+			}
+		}
+	}
+	return problems
+}
+
+// GroupLag is how many offsets the group has not yet committed, summed over all partitions of the topics; where it
+// never committed, all of them.
+func (c *Client) GroupLag(ctx context.Context, group string, topics []string) (int64, error) {
+	asked := map[string][]int32{}
+	var committed *sarama.OffsetFetchResponse
+	err := c.admin(ctx, func(a sarama.ClusterAdmin) (err error) {
+		for _, t := range topics {
+			if asked[t], err = c.sarama.Partitions(t); err != nil {
+				return fmt.Errorf("topic %s: %w", t, err)
+			}
+		}
+		committed, err = a.ListConsumerGroupOffsets(group, asked)
+		if errors.Is(err, sarama.ErrGroupIDNotFound) {
+			err = nil // some brokers say so while nobody has ever joined; others have no offset then
+		}
+		return err
+	})
+	if err != nil {
+		return 0, fmt.Errorf("find the lag of group %s: %w", group, err)
+	}
+	lag := int64(0)
+	for topic, partitions := range asked {
+		for _, p := range partitions {
+			end, err := c.Reader(topic).End(ctx, p)
+			if err != nil {
+				return 0, fmt.Errorf("find the lag of group %s: %w", group, err)
+			}
+			if block := committed.GetBlock(topic, p); block != nil && block.Err == sarama.ErrNoError {
+				end -= max(0, block.Offset)
+			}
+			lag += max(0, end)
+		}
+	}
+	return lag, nil
+}
+
+// admin runs f with Sarama's cluster administration.
+func (c *Client) admin(ctx context.Context, f func(sarama.ClusterAdmin) error) error {
+	return c.do(ctx, func() error {
+		a, err := sarama.NewClusterAdminFromClient(c.sarama)
+		if err != nil {
+			return err
+		}
+		return f(a) // a has nothing to close but the client
+	})
+}
+
+// Partitions is how many partitions the topic has.
+func (c *Client) Partitions(ctx context.Context, topic string) (int, error) {
+	var partitions []int32
+	err := c.do(ctx, func() (err error) {
+		partitions, err = c.sarama.Partitions(topic)
+		return err
+	})
+	if err != nil {
+		return 0, fmt.Errorf("ask for the partitions of %s: %w", topic, err)
+	}
+	return len(partitions), nil
+}

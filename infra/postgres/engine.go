@@ -1,0 +1,344 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"wharf/infra/journal"
+	"wharf/projections"
+)
+
+// Source gives the reader of a public topic.
+type Source func(topic string) journal.Reader
+
+// Config is what an Engine needs. The zero value of a field below "Optional" means its default.
+type Config struct {
+	Source     Source
+	Partitions int // of every topic
+
+	// Optional.
+	Models   []projections.Model // projections.All
+	Interval time.Duration       // least time between two transactions of a busy task; 100 ms
+	Batch    int                 // most events in one transaction; 5,000
+	Grace    time.Duration       // how long a build that was swapped out is kept for the queries on it; 1 minute
+	Poll     time.Duration       // between looks for builds that others have swapped in; 250 ms
+	Logger   *slog.Logger
+}
+
+// Engine runs read models on a database. Several, in any number of processes, share the work: each read model in each
+// partition number is a task, which runs where RunPartition runs it. Should two run the same task, all but one find
+// that its position has moved, and write nothing.
+//
+//	Setup, then Run in a goroutine of its own, and RunPartition for each partition number that this process owns.
+type Engine struct {
+	Config
+	pool *pgxpool.Pool
+	bulk limits
+
+	mu      sync.Mutex
+	live    map[string]*liveBuild // by model
+	changed chan struct{}         // closed, and made anew, when live changes
+}
+
+// liveBuild is a build for as long as it is live; then ctx ends.
+type liveBuild struct {
+	build
+	ctx    context.Context
+	retire context.CancelFunc
+}
+
+// New makes an engine on the pool, which Open has opened.
+func New(pool *pgxpool.Pool, c Config) *Engine {
+	if c.Models == nil {
+		c.Models = projections.All
+	}
+	if c.Interval == 0 {
+		c.Interval = 100 * time.Millisecond
+	}
+	if c.Batch == 0 {
+		c.Batch = 5000
+	}
+	if c.Grace == 0 {
+		c.Grace = time.Minute
+	}
+	if c.Poll == 0 {
+		c.Poll = 250 * time.Millisecond
+	}
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+	return &Engine{Config: c, pool: pool, bulk: bulkLimits, live: map[string]*liveBuild{}, changed: make(chan struct{})}
+}
+
+// Setup makes the engine's tables, the role of the query service, and a first, empty build of every read model that has
+// none: it is live at once, so that queries can be answered. It may be called at any time, by several at once.
+func (e *Engine) Setup(ctx context.Context) error {
+	conn, err := e.pool.Acquire(ctx)
+	if err != nil {
+		return fmt.Errorf("set up the read models: %w", err)
+	}
+	defer conn.Release()
+	if err := e.setup(ctx, conn); err != nil {
+		return fmt.Errorf("set up the read models: %w", err)
+	}
+	return nil
+}
+
+func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
+	if _, err := conn.Exec(ctx, "SELECT pg_advisory_lock($1, $2)", lockClass, setupLock); err != nil {
+		return err
+	}
+	defer unlock(ctx, conn, lockClass, setupLock)
+	if err := e.migrate(ctx); err != nil {
+		return err
+	}
+	have, err := builds(ctx, conn, live)
+	if err != nil {
+		return err
+	}
+	for _, b := range have {
+		if b.partitions != e.Partitions {
+			return fmt.Errorf("the read models were built from %d partitions, and there are %d: growing topics is not "+
+				"supported", b.partitions, e.Partitions)
+		}
+	}
+	for _, m := range e.Models {
+		if slices.ContainsFunc(have, func(b build) bool { return b.model == m.Name }) {
+			continue
+		}
+		err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
+			b, err := e.create(ctx, tx, m)
+			if err == nil {
+				err = finish(ctx, tx, m, b)
+			}
+			if err == nil {
+				err = publish(ctx, tx, m, b)
+			}
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("make the first build of %s: %w", m.Name, err)
+		}
+	}
+	return nil
+}
+
+// unlock gives a session's advisory lock back, even when ctx has ended; a connection that cannot is closed, which does.
+func unlock(ctx context.Context, conn *pgxpool.Conn, class, object int32) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), connectTimeout)
+	defer cancel()
+	if _, err := conn.Exec(ctx, "SELECT pg_advisory_unlock($1, $2)", class, object); err != nil {
+		_ = conn.Conn().Close(ctx)
+	}
+}
+
+// Run does until ctx ends what is not of one partition: it watches out for builds that were swapped in (which all tasks
+// of this engine wait for: without Run none of them runs), drops old ones, and builds anew the read models whose
+// definition has a higher version than the live build. It returns nil.
+func (e *Engine) Run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() { e.upgrade(ctx) })
+	sweeping := time.NewTicker(max(e.Grace/4, 10*time.Millisecond))
+	defer sweeping.Stop()
+	polling := time.NewTicker(e.Poll)
+	defer polling.Stop()
+	for trouble := 0; ; {
+		err := e.look(ctx)
+		if trouble++; err == nil {
+			trouble = 0
+		} else if trouble == 4 && ctx.Err() == nil {
+			e.Logger.Warn("the projector cannot see which builds are live, and tries again", "err", err)
+		}
+		select {
+		case <-ctx.Done():
+			e.forget()
+			return nil
+		case <-polling.C:
+		case <-sweeping.C:
+			if err := e.sweep(ctx); err != nil && ctx.Err() == nil {
+				e.Logger.Warn("old builds cannot be dropped, and are tried again", "err", err)
+			}
+		}
+	}
+}
+
+// look finds out which builds are live.
+func (e *Engine) look(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	now, err := builds(ctx, e.pool, live)
+	if err != nil {
+		return err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	changed := false
+	for _, b := range now {
+		old := e.live[b.model]
+		if old != nil && old.id == b.id {
+			continue
+		}
+		changed = true
+		if old != nil {
+			old.retire()
+		}
+		fresh := &liveBuild{build: b}
+		fresh.ctx, fresh.retire = context.WithCancel(context.Background())
+		e.live[b.model] = fresh
+	}
+	if changed {
+		close(e.changed)
+		e.changed = make(chan struct{})
+	}
+	return nil
+}
+
+// forget ends what waits for builds to retire.
+func (e *Engine) forget() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, b := range e.live {
+		b.retire()
+	}
+	e.live = map[string]*liveBuild{}
+}
+
+// current waits for the live build of the model in our version of it; nil when ctx ends.
+func (e *Engine) current(ctx context.Context, m projections.Model) *liveBuild {
+	for {
+		e.mu.Lock()
+		b, changed := e.live[m.Name], e.changed
+		e.mu.Unlock()
+		if b != nil && b.version == m.Version {
+			return b
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// RunPartition runs the tasks of all read models in the partition number, on the live builds, until ctx ends; then it
+// returns nil. Postgres or Kafka being away is waited for. A task that meets an error which only people can mend (a gap
+// in a topic) halts: it says so in the log and in wharf_read.builds, and goes on when its build is swapped or it is
+// started anew; the others are not held up.
+func (e *Engine) RunPartition(ctx context.Context, partition int32) error {
+	if partition < 0 || int(partition) >= e.Partitions {
+		return fmt.Errorf("there is no partition %d of %d", partition, e.Partitions)
+	}
+	var wg sync.WaitGroup
+	for _, m := range e.Models {
+		wg.Go(func() { e.runTask(ctx, m, partition) })
+	}
+	wg.Wait()
+	return nil
+}
+
+func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int32) {
+	log := e.Logger.With("model", m.Name, "partition", partition)
+	retry := backoff{}
+	for ctx.Err() == nil {
+		b := e.current(ctx, m)
+		if b == nil {
+			return
+		}
+		whileLive, cancel := context.WithCancel(ctx)
+		stop := context.AfterFunc(b.ctx, cancel)
+		began := time.Now()
+		err := e.follow(whileLive, m, b.build, partition)
+		var halt *haltError
+		switch {
+		case whileLive.Err() != nil: // swapped, or the end
+			retry = backoff{}
+		case errors.As(err, &halt):
+			log.Error("a projection halts: it does not go on without help", "build", b.id, "err", err)
+			e.recordHalt(whileLive, b.build, partition, err, log)
+			<-whileLive.Done()
+		default:
+			if time.Since(began) > time.Minute {
+				retry = backoff{}
+			}
+			if retry.tries == 3 || retry.tries%30 == 29 {
+				log.Warn("a projection fails, and is tried again from its stored position", "build", b.id, "err", err)
+			}
+			retry.sleep(whileLive)
+			if isCode(err, codeMoved) {
+				_ = e.look(whileLive) // was it a swap? If this fails, Run looks soon
+			}
+		}
+		stop()
+		cancel()
+	}
+}
+
+// follow runs one task on the build from its stored position on.
+func (e *Engine) follow(ctx context.Context, m projections.Model, b build, partition int32) error {
+	t, err := e.load(ctx, e.pool, m, b, partition)
+	if err != nil {
+		return err
+	}
+	return t.run(ctx, nil)
+}
+
+// recordHalt writes down why the task is halted, so that everybody can see it.
+func (e *Engine) recordHalt(ctx context.Context, b build, partition int32, halt error, log *slog.Logger) {
+	for retry := (backoff{}); ; {
+		_, err := e.pool.Exec(ctx, "UPDATE wharf.tasks SET error = $3 WHERE build = $1 AND partition = $2",
+			b.id, partition, halt.Error())
+		if err == nil || !retry.sleep(ctx) {
+			return
+		}
+		log.Debug("a halt cannot be written down, and is tried again", "err", err)
+	}
+}
+
+// upgrade builds anew what is defined in a higher version than the live build's. A lower one is left alone: it means
+// that a newer program is at work.
+func (e *Engine) upgrade(ctx context.Context) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for _, m := range e.Models {
+		wg.Go(func() {
+			for retry := (backoff{}); ; {
+				e.mu.Lock()
+				b, changed := e.live[m.Name], e.changed
+				e.mu.Unlock()
+				if b == nil || b.version >= m.Version {
+					if b != nil && b.version > m.Version {
+						e.Logger.Warn("the live build is of a newer definition than this program's, which leaves it alone",
+							"model", m.Name, "live", b.version, "ours", m.Version)
+					}
+					retry = backoff{}
+					select {
+					case <-changed:
+						continue
+					case <-ctx.Done():
+						return
+					}
+				}
+				e.Logger.Info("building a read model anew", "model", m.Name, "from", b.version, "to", m.Version)
+				err := e.replay(ctx, m, func(Progress) {})
+				if err != nil && !errors.Is(err, ErrReplaying) && ctx.Err() == nil {
+					e.Logger.Error("building a read model anew failed, and is tried again", "model", m.Name, "err", err)
+				}
+				if err == nil {
+					err = e.look(ctx)
+				}
+				if err != nil && !retry.sleep(ctx) {
+					return
+				}
+			}
+		})
+	}
+}

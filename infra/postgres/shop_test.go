@@ -1,0 +1,274 @@
+package postgres
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"wharf/domain"
+	"wharf/domain/inventory"
+	"wharf/domain/orders"
+	"wharf/domain/payments"
+	"wharf/domain/shipping"
+	"wharf/infra/embedded/pgtest"
+	"wharf/infra/journal"
+	"wharf/projections"
+)
+
+const partitions = 12
+
+// shop is the public topics in memory, and the streams that are told there.
+type shop struct {
+	topics map[string]*journal.Memory
+
+	mu       sync.Mutex
+	seqs     map[string][]int64
+	versions map[string]int64 // by topic and stream
+	clock    time.Time
+	ids      uint64
+}
+
+func newShop() *shop {
+	s := &shop{topics: map[string]*journal.Memory{}, seqs: map[string][]int64{}, versions: map[string]int64{},
+		clock: time.Date(2026, 3, 31, 23, 59, 0, 123456789, time.UTC)}
+	for _, t := range projections.Topics {
+		s.topics[t], s.seqs[t] = journal.NewMemory(partitions), make([]int64, partitions)
+	}
+	return s
+}
+
+func (s *shop) reader(topic string) journal.Reader { return s.topics[topic] }
+
+func topicOf(e domain.Event) string {
+	switch kind, _, _ := strings.Cut(e.EventName(), "."); kind {
+	case "order":
+		return projections.OrdersTopic
+	case "stock":
+		return projections.InventoryTopic
+	case "payment":
+		return projections.PaymentsTopic
+	default:
+		return projections.ShippingTopic
+	}
+}
+
+// tell publishes the events of one stream, each a millisecond after the last. It returns the last one's position.
+func (s *shop) tell(stream string, events ...domain.Event) domain.Position {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var last domain.Position
+	var records []journal.Record
+	for _, e := range events {
+		data, err := domain.Encode(e)
+		if err != nil {
+			panic(err)
+		}
+		r := s.next(topicOf(e), stream, e.EventName(), data)
+		last = r.Position
+		records = append(records, journal.NewEventRecord(r))
+	}
+	s.append(last.Topic, records...)
+	return last
+}
+
+// next is the next event of the stream, not yet published.
+func (s *shop) next(topic, stream, name string, data []byte) domain.Recorded {
+	p := journal.Partition([]byte(stream), partitions)
+	s.seqs[topic][p]++
+	s.versions[topic+stream]++
+	s.clock = s.clock.Add(time.Millisecond)
+	s.ids++
+	return domain.Recorded{
+		ID: uuid.NewSHA1(uuid.Nil, fmt.Appendf(nil, "event %d", s.ids)), Name: name,
+		Service: strings.TrimSuffix(topic, ".events"), Stream: stream, Version: s.versions[topic+stream], Time: s.clock,
+		Position: domain.Position{Topic: topic, Partition: p, Seq: s.seqs[topic][p]}, Data: data,
+	}
+}
+
+// raw publishes an event as it is.
+func (s *shop) raw(topic, stream, name string, data string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.append(topic, journal.NewEventRecord(s.next(topic, stream, name, []byte(data))))
+}
+
+func (s *shop) append(topic string, records ...journal.Record) {
+	if err := s.topics[topic].AppendBatch(context.Background(), records[0].Partition, records); err != nil {
+		panic(err)
+	}
+}
+
+func pounds(amount int64) domain.Money { return domain.Money{Amount: amount, Currency: "GBP"} }
+
+func orderID(i int) string { return uuid.NewSHA1(uuid.Nil, fmt.Appendf(nil, "order %d", i)).String() }
+
+// place tells how order i went, from its placing to its delivery, with so many lines of SKU-0, SKU-1, …
+func (s *shop) order(i, lines int) {
+	id := orderID(i)
+	var placed orders.Placed
+	placed.Customer = fmt.Sprintf("customer %d", i%10)
+	placed.Total = pounds(0)
+	for l := range lines {
+		line := orders.Line{SKU: fmt.Sprintf("SKU-%d", (i+l)%100), Quantity: int64(1 + l%3), UnitPrice: pounds(250)}
+		placed.Lines = append(placed.Lines, line)
+		placed.Total.Amount += line.Quantity * 250
+	}
+	placed.Items = orders.Items(placed.Lines)
+	s.tell(id, placed)
+	order := uuid.MustParse(id)
+	for _, item := range placed.Items {
+		s.tell(item.SKU, inventory.Reserved{Order: order, Quantity: item.Quantity})
+		s.tell(id, orders.ItemReserved{SKU: item.SKU})
+	}
+	s.tell(id, orders.StockConfirmed{Total: placed.Total})
+	s.tell(id, payments.AuthorizationRequested{Amount: placed.Total})
+	s.tell(id, payments.Authorized{Amount: placed.Total, Reference: "ref", Postings: []payments.Posting{
+		{Account: payments.AccountAuthorized, Amount: placed.Total},
+		{Account: payments.AccountAuthorizedFor, Amount: pounds(-placed.Total.Amount)}}})
+	s.tell(id, orders.Confirmed{Items: placed.Items})
+	s.tell(id, shipping.Created{Items: placed.Items}, shipping.Dispatched{Carrier: "Post", Tracking: "T1", Items: placed.Items})
+	s.tell(id, orders.Shipped{Carrier: "Post", Tracking: "T1", Items: placed.Items, Total: placed.Total})
+	for _, item := range placed.Items {
+		s.tell(item.SKU, inventory.Shipped{Order: order, Quantity: item.Quantity})
+	}
+	s.tell(id, payments.CaptureRequested{Amount: placed.Total})
+	s.tell(id, payments.Captured{Amount: placed.Total, Postings: []payments.Posting{
+		{Account: payments.AccountReceivable, Amount: placed.Total},
+		{Account: payments.AccountRevenue, Amount: pounds(-placed.Total.Amount)}}})
+	s.tell(id, shipping.Delivered{})
+	s.tell(id, orders.Delivered{Items: placed.Items})
+}
+
+func (s *shop) stock(skus int) {
+	for i := range skus {
+		s.tell(fmt.Sprintf("SKU-%d", i), inventory.Received{Quantity: 1_000_000}, inventory.Adjusted{Delta: -3, Reason: "broken"})
+	}
+}
+
+func openTest(t testing.TB) *pgxpool.Pool {
+	t.Helper()
+	return openURL(t, pgtest.TestDatabase(t))
+}
+
+func openURL(t testing.TB, url string) *pgxpool.Pool {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	pool, err := Open(ctx, url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pool.Close)
+	return pool
+}
+
+func newEngine(t testing.TB, pool *pgxpool.Pool, s *shop, change ...func(*Config)) *Engine {
+	t.Helper()
+	c := Config{Source: s.reader, Partitions: partitions, Interval: time.Millisecond, Poll: 10 * time.Millisecond,
+		Logger: slog.New(slog.DiscardHandler)}
+	for _, f := range change {
+		f(&c)
+	}
+	e := New(pool, c)
+	if err := e.Setup(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	return e
+}
+
+// start runs the engine in all partitions, until stop is called or the test ends.
+func start(t testing.TB, e *Engine) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := e.Run(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	for p := range int32(e.Partitions) {
+		wg.Go(func() {
+			if err := e.RunPartition(ctx, p); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	stop = func() { cancel(); wg.Wait() }
+	t.Cleanup(stop)
+	return stop
+}
+
+// eventually waits until f is true. It asks again and again; it fails the test only when there is no hope left.
+func eventually(t testing.TB, what string, f func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); !f(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("never came to pass: %s", what)
+		}
+	}
+}
+
+// lag is how far the builds in that state are behind.
+func (s *shop) lag(t testing.TB, pool *pgxpool.Pool, state string) (n int64) {
+	t.Helper()
+	rows, err := pool.Query(context.Background(), "SELECT topics, partition, offsets FROM wharf_read.builds WHERE state = $1", state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var topics []string
+	var partition int32
+	var offsets []int64
+	_, err = pgx.ForEachRow(rows, []any{&topics, &partition, &offsets}, func() error {
+		for i, topic := range topics {
+			end, err := s.topics[topic].End(context.Background(), partition)
+			if err != nil {
+				return err
+			}
+			n += end - offsets[i]
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func (s *shop) caughtUp(t testing.TB, pool *pgxpool.Pool) {
+	t.Helper()
+	eventually(t, "the live builds are up to date", func() bool { return s.lag(t, pool, live) == 0 })
+}
+
+// dump is all rows of every live build, as text.
+func dump(t testing.TB, pool *pgxpool.Pool, models []projections.Model) map[string][]string {
+	t.Helper()
+	all := map[string][]string{}
+	for _, m := range models {
+		rows, err := pool.Query(context.Background(), "SELECT v::text FROM wharf_read."+quote(m.Name)+" v ORDER BY 1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if all[m.Name], err = pgx.CollectRows(rows, pgx.RowTo[string]); err != nil {
+			t.Fatal(err)
+		}
+		slices.Sort(all[m.Name])
+	}
+	return all
+}
+
+func one[T any](t testing.TB, pool *pgxpool.Pool, sql string, args ...any) (v T) {
+	t.Helper()
+	if err := pool.QueryRow(context.Background(), sql, args...).Scan(&v); err != nil {
+		t.Fatalf("%s: %v", sql, err)
+	}
+	return v
+}

@@ -1,0 +1,505 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"wharf/infra/journal"
+	"wharf/projections"
+)
+
+// task is one read model in one partition number, on one build. It has this way of working:
+//
+//	feeds, one a topic: read, check the order, decode  ─▶  collect a batch  ─▶  fold it into rows in memory
+//	─▶  flush: the changed rows and the new position in one transaction
+//
+// Batches make themselves: what arrives while a transaction is under way is the next one. After any error the task
+// object is thrown away, and a new one begins at the stored position: nothing is lost or doubled, whatever became of
+// the transaction.
+type task struct {
+	e         *Engine
+	pool      *pgxpool.Pool
+	model     projections.Model
+	build     build
+	partition int32
+	limits    limits
+	bulk      bool // fills a build that nobody reads yet: rows stay in memory until there are many
+
+	stored position // in the database
+	at     position // of what is folded into rows
+	rows   rowCache
+	last   time.Time                 // when the last transaction was begun
+	moved  func(events, bytes int64) // told of progress; may be nil
+	log    *slog.Logger
+}
+
+// position has a place per topic of the build, in its order.
+type position struct {
+	offsets []int64 // to read next
+	seqs    []int64 // of the last event seen
+	skipped int64   // records that are left out, since the position before
+}
+
+func (p position) clone() position {
+	return position{slices.Clone(p.offsets), slices.Clone(p.seqs), p.skipped}
+}
+
+// haltError is an error that trying again does not help.
+type haltError struct{ err error }
+
+func (h *haltError) Error() string { return h.err.Error() }
+func (h *haltError) Unwrap() error { return h.err }
+
+func haltf(format string, args ...any) error { return &haltError{fmt.Errorf(format, args...)} }
+
+// load finds where the task is.
+func (e *Engine) load(
+	ctx context.Context, pool *pgxpool.Pool, m projections.Model, b build, partition int32,
+) (*task, error) {
+	t := &task{e: e, pool: pool, limits: limits{e.Batch, batchBytes, cachedRows}, model: m, build: b, partition: partition, bulk: b.state == building,
+		log: e.Logger.With("model", m.Name, "build", b.id, "partition", partition)}
+	if !slices.Equal(m.Topics, b.topics) {
+		return nil, haltf("the build was made from the topics %v, and version %d of %s is made from %v: "+
+			"its version must be raised", b.topics, m.Version, m.Name, m.Topics)
+	}
+	err := pool.QueryRow(ctx, "SELECT offsets, seqs FROM wharf.tasks WHERE build = $1 AND partition = $2", b.id, partition).
+		Scan(&t.stored.offsets, &t.stored.seqs)
+	if err != nil {
+		return nil, fmt.Errorf("find the position of %s in partition %d: %w", m.Name, partition, err)
+	}
+	t.at = t.stored.clone()
+	began := slices.ContainsFunc(t.at.offsets, func(o int64) bool { return o > 0 })
+	if t.bulk {
+		t.limits = e.bulk
+	}
+	t.rows = newRowCache(!began, t.limits.rows)
+	return t, nil
+}
+
+// limits bound the memory that a task takes, and the size of its transactions.
+type limits struct {
+	events int // in one batch
+	bytes  int // of data in one batch
+	rows   int // kept in memory
+}
+
+const (
+	batchBytes = 8 << 20
+	cachedRows = 1_000
+
+	// A position without rows is stored that many times more rarely than one with rows.
+	emptyIntervals = 5
+)
+
+// bulkLimits are those of a task that fills a build.
+var bulkLimits = limits{events: 20_000, bytes: 16 << 20, rows: 10_000}
+
+// run follows the topics until ctx ends, or an error, or until it has passed the given offset of each topic, if there
+// are any, and has stored that. It can be run again then.
+func (t *task) run(ctx context.Context, until []int64) error {
+	if t.at.passed(until) {
+		return t.flush(ctx)
+	}
+	feeding, stop := context.WithCancel(ctx)
+	var feeds sync.WaitGroup
+	defer feeds.Wait()
+	defer stop()
+	chunks := make(chan chunk)
+	for i := range t.model.Topics {
+		last := t.at.seqs[i]
+		feeds.Go(func() { t.feed(feeding, i, last, chunks) })
+	}
+	for {
+		batch, err := t.collect(ctx, chunks, until)
+		if err != nil {
+			return err
+		}
+		if err := t.fold(ctx, batch); err != nil {
+			return err
+		}
+		halt, done := batch.halt, t.at.passed(until)
+		if !t.bulk || t.rows.full() || halt != nil || done {
+			if err := t.flush(ctx); err != nil {
+				return err
+			}
+		}
+		if halt != nil || done {
+			return halt
+		}
+	}
+}
+
+func (p position) passed(until []int64) bool {
+	for i, offset := range until {
+		if p.offsets[i] < offset {
+			return false
+		}
+	}
+	return until != nil
+}
+
+// chunk is what one read of a topic brought.
+type chunk struct {
+	topic   int
+	events  []projections.Event // that the model listens to
+	next    int64               // offset
+	seq     int64               // of the last event read
+	records int64
+	bytes   int64
+	skipped int64
+	halt    error // after these events
+}
+
+var errForeign = errors.New("it is no event of ours")
+
+// feed reads one topic from where the task is.
+func (t *task) feed(ctx context.Context, topic int, last int64, chunks chan<- chunk) {
+	name := t.model.Topics[topic]
+	hand := func(c chunk) error {
+		select {
+		case chunks <- c:
+			return c.halt
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	from := t.at.offsets[topic]
+	err := t.e.Source(name).Read(ctx, t.partition, from, func(b journal.Batch) error {
+		c := chunk{topic: topic, next: b.Next}
+		leaveOut := func(r journal.Record, why error) {
+			if c.skipped++; c.skipped == 1 { // the others are counted
+				t.log.Warn("a record is left out", "topic", name, "offset", r.Offset, "err", why)
+			}
+		}
+		for _, r := range b.Records {
+			recorded, ours := journal.ParseEvent(name, r)
+			if !ours {
+				leaveOut(r, errForeign)
+				continue
+			}
+			process, err := journal.Next(last, recorded)
+			if err != nil {
+				c.next, c.halt = r.Offset, haltf("offset %d: %w", r.Offset, err)
+				break
+			}
+			if !process {
+				continue
+			}
+			last = recorded.Seq
+			event, listens, err := t.model.Decode(recorded)
+			if err != nil {
+				leaveOut(r, err)
+			}
+			if listens {
+				c.events = append(c.events, event)
+				c.bytes += int64(len(event.Data)) + 256
+			}
+		}
+		c.seq, c.records, from = last, c.next-from, b.Next
+		return hand(c)
+	})
+	var halt *haltError
+	if err != nil && ctx.Err() == nil && !errors.As(err, &halt) {
+		// Passing faults are retried inside Read: what comes out is here to stay.
+		_ = hand(chunk{topic: topic, next: from, seq: last, halt: haltf("read %s: %w", name, err)})
+	}
+}
+
+// batch is what is folded at once.
+type batch struct {
+	chunks []chunk
+	at     position // after it
+	events int
+	bytes  int
+	halt   error
+}
+
+// collect waits for a chunk and takes what else is there, up to the limits. A busy task collects for a while, because a
+// transaction costs the same whether there is much in it or little.
+func (t *task) collect(ctx context.Context, chunks <-chan chunk, until []int64) (batch, error) {
+	b := batch{at: t.at.clone()}
+	add := func(c chunk) {
+		b.chunks = append(b.chunks, c)
+		b.at.offsets[c.topic], b.at.seqs[c.topic] = c.next, c.seq
+		b.at.skipped += c.skipped
+		b.events += len(c.events)
+		b.bytes += int(c.bytes)
+		b.halt = c.halt
+		if t.moved != nil {
+			t.moved(c.records, c.bytes)
+		}
+	}
+	select {
+	case c := <-chunks:
+		add(c)
+	case <-ctx.Done():
+		return b, ctx.Err()
+	}
+	for b.halt == nil && b.events < t.limits.events && b.bytes < t.limits.bytes && !b.at.passed(until) {
+		interval := t.e.Interval
+		if b.events == 0 { // nothing to show but that there was nothing
+			interval *= emptyIntervals
+		}
+		pause := time.Until(t.last.Add(interval))
+		if pause <= 0 {
+			select {
+			case c := <-chunks:
+				add(c)
+				continue
+			default:
+				return b, nil
+			}
+		}
+		select {
+		case c := <-chunks:
+			add(c)
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return b, ctx.Err()
+		}
+	}
+	return b, nil
+}
+
+// fold applies the batch to the rows in memory.
+func (t *task) fold(ctx context.Context, b batch) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = haltf("%s cannot apply an event: %v", t.model.Name, p)
+		}
+	}()
+	touched := make([][]any, 0, b.events)
+	for _, c := range b.chunks {
+		for _, event := range c.events {
+			touched = append(touched, t.model.Touched(event))
+		}
+	}
+	if !t.model.Append && !t.rows.complete {
+		if err := t.fetch(ctx, touched); err != nil {
+			return err
+		}
+	}
+	for _, c := range b.chunks {
+		for _, event := range c.events {
+			for _, key := range touched[0] {
+				r := t.rows.get(key)
+				if r == nil {
+					if err := t.own(key, event); err != nil {
+						return err
+					}
+					r = t.rows.add(key, t.model.New(), false)
+				}
+				t.model.Apply(key, r.row, event)
+				t.rows.touch(r)
+			}
+			touched = touched[1:]
+		}
+	}
+	t.at = b.at
+	return nil
+}
+
+// own asserts that the row is written by this task alone.
+func (t *task) own(key any, event projections.Event) error {
+	stream, p := t.model.Owner(key)
+	if p == nil {
+		p = new(journal.Partition([]byte(stream), t.build.partitions))
+	}
+	if *p != t.partition {
+		return haltf("event %v of partition %d touches a row of %s that lives in partition %d",
+			event.Position, t.partition, t.model.Name, *p)
+	}
+	return nil
+}
+
+// fetch brings the rows that are not in memory from the table, as far as there are any.
+func (t *task) fetch(ctx context.Context, touched [][]any) error {
+	var rows [][]any
+	asked := map[any]bool{}
+	for _, keys := range touched {
+		for _, key := range keys {
+			if t.rows.get(key) == nil && !asked[key] {
+				asked[key] = true
+				rows = append(rows, t.model.KeyValues(key))
+			}
+		}
+	}
+	if len(rows) == 0 {
+		return nil
+	}
+	columns := t.model.Columns[:t.model.Keys]
+	found, err := t.pool.Query(ctx, "SELECT "+columnNames(t.model.Columns)+" FROM "+t.build.table()+
+		" WHERE ("+columnNames(columns)+") IN (SELECT * FROM "+unnest(columns)+")", arrays(columns, rows)...)
+	if err == nil {
+		for found.Next() {
+			var key, row any
+			if key, row, err = t.model.Scan(found); err != nil {
+				break
+			}
+			t.rows.add(key, row, true)
+		}
+		found.Close()
+		err = errors.Join(err, found.Err())
+	}
+	if err != nil {
+		return fmt.Errorf("read rows of %s: %w", t.model.Name, err)
+	}
+	return nil
+}
+
+// unnest is arrays as a table: one parameter a column.
+func unnest(columns []projections.Column) string {
+	params := make([]string, len(columns))
+	for i, c := range columns {
+		params[i] = "$" + strconv.Itoa(i+1) + "::" + c.Type + "[]"
+	}
+	return "unnest(" + strings.Join(params, ", ") + ")"
+}
+
+// arrays turns rows into columns.
+func arrays(columns []projections.Column, rows [][]any) []any {
+	params := make([]any, len(columns))
+	for i := range columns {
+		column := make([]any, len(rows))
+		for j, row := range rows {
+			column[j] = row[i]
+		}
+		params[i] = column
+	}
+	return params
+}
+
+// flush stores what has changed since the last time: rows and position, in one transaction.
+func (t *task) flush(ctx context.Context) error {
+	t.last = time.Now()
+	if slices.Equal(t.at.offsets, t.stored.offsets) && slices.Equal(t.at.seqs, t.stored.seqs) {
+		return nil
+	}
+	var fresh, changed [][]any
+	for _, r := range t.rows.dirty {
+		values, err := t.model.Values(r.key, r.row)
+		if err != nil {
+			return &haltError{err}
+		}
+		if t.bulk && !r.stored {
+			fresh = append(fresh, values)
+		} else {
+			changed = append(changed, values)
+		}
+	}
+	advance := []any{t.build.id, t.partition, t.build.state, t.stored.offsets, t.stored.seqs, t.at.offsets, t.at.seqs,
+		t.at.skipped}
+	batch := &pgx.Batch{}
+	batch.Queue("SELECT wharf.advance($1, $2, $3, $4, $5, $6, $7, $8)", advance...)
+	if len(changed) > 0 {
+		batch.Queue(t.upsert(), arrays(t.model.Columns, changed)...)
+	}
+	var err error
+	if len(fresh) == 0 {
+		err = t.pool.SendBatch(ctx, batch).Close() // one round trip, and one transaction
+	} else {
+		err = pgx.BeginFunc(ctx, t.pool, func(tx pgx.Tx) error {
+			if err := tx.SendBatch(ctx, batch).Close(); err != nil {
+				return err
+			}
+			_, err := tx.CopyFrom(ctx, pgx.Identifier{t.build.schema(), t.build.model}, names(t.model), pgx.CopyFromRows(fresh))
+			return err
+		})
+	}
+	var pg *pgconn.PgError
+	switch {
+	case errors.As(err, &pg) && (strings.HasPrefix(pg.Code, "22") || strings.HasPrefix(pg.Code, "23")):
+		return haltf("%s cannot hold a row: %w", t.build.table(), err) // and never will
+	case err != nil:
+		return fmt.Errorf("write rows of %s: %w", t.model.Name, err)
+	}
+	t.at.skipped = 0
+	t.stored = t.at.clone()
+	t.rows.flushed(t.model.Append)
+	return nil
+}
+
+func (t *task) upsert() string {
+	sql := "INSERT INTO " + t.build.table() + " (" + columnNames(t.model.Columns) + ") SELECT * FROM " + unnest(t.model.Columns)
+	if t.model.Append {
+		return sql
+	}
+	key, rest := t.model.Columns[:t.model.Keys], t.model.Columns[t.model.Keys:]
+	sets := make([]string, len(rest))
+	for i, c := range rest {
+		sets[i] = quote(c.Name) + " = EXCLUDED." + quote(c.Name)
+	}
+	return sql + " ON CONFLICT (" + columnNames(key) + ") DO UPDATE SET " + strings.Join(sets, ", ")
+}
+
+// rowCache is rows in memory. The task alone writes them, so what is here need not be read again. When there are more
+// than `most`, those that have not been used for the longest time go.
+type rowCache struct {
+	complete   bool // no row is in the table that is not here
+	most       int
+	young, old map[any]*cached
+	dirty      []*cached
+}
+
+type cached struct {
+	key, row any
+	stored   bool // the table has the row, perhaps older
+	dirty    bool
+}
+
+func newRowCache(complete bool, most int) rowCache {
+	return rowCache{complete: complete, most: most, young: map[any]*cached{}}
+}
+
+// get is nil when the row is not here.
+func (c *rowCache) get(key any) *cached {
+	r := c.young[key]
+	if r == nil {
+		if r = c.old[key]; r != nil {
+			c.young[key] = r
+		}
+	}
+	return r
+}
+
+func (c *rowCache) add(key, row any, stored bool) *cached {
+	r := &cached{key: key, row: row, stored: stored}
+	c.young[key] = r
+	return r
+}
+
+// touch marks the row as one to be written.
+func (c *rowCache) touch(r *cached) {
+	if !r.dirty {
+		r.dirty = true
+		c.dirty = append(c.dirty, r)
+	}
+}
+
+func (c *rowCache) full() bool { return len(c.dirty) >= c.most }
+
+// flushed says that all rows have been written.
+func (c *rowCache) flushed(forget bool) {
+	for _, r := range c.dirty {
+		r.dirty, r.stored = false, true
+	}
+	c.dirty = nil
+	switch {
+	case forget: // no row is touched twice
+		c.young = map[any]*cached{}
+	case len(c.young) >= c.most:
+		c.complete = c.complete && len(c.old) == 0
+		c.young, c.old = map[any]*cached{}, c.young
+	}
+}

@@ -1,0 +1,173 @@
+package projections
+
+import (
+	"context"
+	"net/http"
+	"time"
+
+	"github.com/danielgtaylor/huma/v2"
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+
+	"wharf/domain"
+	"wharf/domain/orders"
+	"wharf/domain/payments"
+	"wharf/domain/shipping"
+)
+
+// Orders is every order with the state of its payment and shipment. Those may be heard of before the order itself:
+// such a row has version 0, and queries do not see it.
+var Orders = Define(Spec[orderKey, orderRow]{
+	Name: "orders", Version: 1,
+	Indexes: []string{"placed_at, id", "customer, placed_at, id", "status, placed_at, id"},
+	Events: map[string]domain.Events{
+		OrdersTopic: orders.Events, PaymentsTopic: payments.Events, ShippingTopic: shipping.Events,
+	},
+	Keys: func(e Event) []orderKey {
+		id, ok := orderOf(e)
+		if !ok {
+			return nil
+		}
+		return []orderKey{{id}}
+	},
+	Apply: func(_ orderKey, o orderRow, e Event) orderRow {
+		switch e.Topic {
+		case PaymentsTopic:
+			o.Payment, o.PaymentVersion = o.Payment.Evolve(e.Fact), e.Version
+			return o
+		case ShippingTopic:
+			o.Shipment, o.ShipmentVersion = shipping.Shipment{Status: o.Shipment}.Evolve(e.Fact).Status, e.Version
+			return o
+		}
+		o.Version, o.UpdatedAt = e.Version, e.Time
+		switch f := e.Fact.(type) {
+		case orders.Placed:
+			o.Customer, o.Lines, o.PlacedAt = f.Customer, f.Lines, e.Time
+			o.Total, o.Currency = f.Total.Amount, f.Total.Currency
+			o.Status = orders.StatusPlaced
+		case orders.StockConfirmed:
+			o.Status = orders.StatusStockConfirmed
+		case orders.Confirmed:
+			o.Status = orders.StatusConfirmed
+		case orders.CancellationRequested:
+			o.Status, o.Reason = orders.StatusCancelling, f.Reason
+		case orders.Shipped:
+			o.Status, o.Reason = orders.StatusShipped, ""
+		case orders.Delivered:
+			o.Status = orders.StatusDelivered
+		case orders.Rejected:
+			o.Status, o.Reason = orders.StatusRejected, f.Reason
+		case orders.Cancelled:
+			o.Status, o.Reason = orders.StatusCancelled, f.Reason
+		case orders.Expired:
+			o.Status, o.Reason = orders.StatusExpired, f.Reason
+		}
+		return o
+	},
+})
+
+type orderKey struct {
+	ID uuid.UUID `db:"id uuid"`
+}
+
+type orderRow struct {
+	Customer        string           `db:"customer text"`
+	Status          orders.Status    `db:"status text"`
+	Reason          string           `db:"reason text"`
+	Lines           []orders.Line    `db:"lines json"`
+	Total           int64            `db:"total bigint"`
+	Currency        string           `db:"currency text"`
+	Version         int64            `db:"version bigint"`
+	PlacedAt        time.Time        `db:"placed_at timestamptz"`
+	UpdatedAt       time.Time        `db:"updated_at timestamptz"` // of the order's own last event
+	Payment         payments.Payment `db:"payment json"`
+	PaymentVersion  int64            `db:"payment_version bigint"`
+	Shipment        shipping.Status  `db:"shipment_status text"`
+	ShipmentVersion int64            `db:"shipment_version bigint"`
+}
+
+// Order is an order as the API shows it. Lists leave the lines out.
+type Order struct {
+	ID        uuid.UUID     `json:"id" format:"uuid"`
+	Customer  string        `json:"customer"`
+	Status    orders.Status `json:"status" enum:"placed,stock_confirmed,confirmed,cancelling,shipped,delivered,rejected,cancelled,expired"`
+	Reason    string        `json:"reason,omitempty" doc:"Of a cancellation that is asked for, or of an ending without delivery."`
+	Lines     []orders.Line `json:"lines,omitempty"`
+	Total     domain.Money  `json:"total"`
+	Payment   *Part         `json:"payment,omitempty" doc:"Missing until one is asked for."`
+	Shipment  *Part         `json:"shipment,omitempty" doc:"Missing until there is one."`
+	Version   int64         `json:"version"`
+	PlacedAt  time.Time     `json:"placed_at"`
+	UpdatedAt time.Time     `json:"updated_at"`
+}
+
+// Part is the state of an order's payment or shipment.
+type Part struct {
+	Status  string `json:"status"`
+	Version int64  `json:"version"`
+}
+
+const orderColumns = `id, customer, status, reason, total, currency, payment->>'Status', payment_version,
+	shipment_status, shipment_version, version, placed_at, updated_at`
+
+func scanOrder(row pgx.Row, more ...any) (o Order, err error) {
+	var payment, shipment Part
+	err = row.Scan(append([]any{&o.ID, &o.Customer, &o.Status, &o.Reason, &o.Total.Amount, &o.Total.Currency,
+		&payment.Status, &payment.Version, &shipment.Status, &shipment.Version, &o.Version, &o.PlacedAt, &o.UpdatedAt},
+		more...)...)
+	if payment.Version > 0 {
+		o.Payment = &payment
+	}
+	if shipment.Version > 0 {
+		o.Shipment = &shipment
+	}
+	o.PlacedAt, o.UpdatedAt = o.PlacedAt.UTC(), o.UpdatedAt.UTC()
+	return o, err
+}
+
+type orderList struct {
+	Page
+	Customer name   `query:"customer" doc:"Only those of this customer."`
+	Status   string `query:"status" enum:"placed,stock_confirmed,confirmed,cancelling,shipped,delivered,rejected,cancelled,expired" doc:"Only those in this state."`
+}
+
+type orderOne struct {
+	ID OrderID `path:"id"`
+}
+
+type orderCursor struct {
+	PlacedAt time.Time `json:"placed_at"`
+	ID       uuid.UUID `json:"order"`
+}
+
+func registerOrders(api huma.API, db DB) {
+	huma.Register(api, huma.Operation{
+		OperationID: "list-orders", Method: http.MethodGet, Path: "/orders",
+		Summary: "List orders", Description: "Newest first, without their lines.", Tags: []string{"orders"},
+	}, func(ctx context.Context, in *orderList) (*List[Order], error) {
+		q := newQuery("SELECT " + orderColumns + " FROM wharf_read.orders")
+		q.where("version > 0")
+		if in.Customer != "" {
+			q.where("customer = ?", string(in.Customer))
+		}
+		if in.Status != "" {
+			q.where("status = ?", in.Status)
+		}
+		return list(ctx, db, in.Page, q, keyset[Order, orderCursor]{
+			scan:   func(row pgx.Row) (Order, error) { return scanOrder(row) },
+			after:  func(c orderCursor) { q.where("(placed_at, id) < (?, ?)", c.PlacedAt, c.ID) },
+			order:  "placed_at DESC, id DESC",
+			cursor: func(o Order) orderCursor { return orderCursor{o.PlacedAt, o.ID} },
+		})
+	})
+	huma.Register(api, huma.Operation{
+		OperationID: "get-order", Method: http.MethodGet, Path: "/orders/{id}",
+		Summary: "An order with its lines", Tags: []string{"orders"},
+	}, func(ctx context.Context, in *orderOne) (*One[Order], error) {
+		var lines []orders.Line
+		o, err := scanOrder(db.QueryRow(ctx, "SELECT "+orderColumns+
+			", lines FROM wharf_read.orders WHERE version > 0 AND id = $1", in.ID.UUID()), &lines)
+		o.Lines = lines
+		return one(o, o.Version, err)
+	})
+}
