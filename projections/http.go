@@ -176,7 +176,7 @@ type OrderID string
 func (id *OrderID) Resolve(_ huma.Context, path *huma.PathBuffer) []error {
 	u, err := uuid.Parse(string(*id))
 	if err != nil || len(*id) != len(u.String()) {
-		return []error{&huma.ErrorDetail{Location: "path." + path.String(), Message: "expected a UUID"}}
+		return []error{&huma.ErrorDetail{Location: path.String(), Message: "expected a UUID"}}
 	}
 	return nil
 }
@@ -194,7 +194,7 @@ type sku string
 
 // Resolve implements huma's validation.
 func (s *sku) Resolve(_ huma.Context, path *huma.PathBuffer) []error {
-	return checkText(string(*s), 64, "path."+path.String())
+	return checkText(string(*s), 64, path.String())
 }
 
 // Schema implements huma's documentation.
@@ -208,7 +208,7 @@ func (n *name) Resolve(_ huma.Context, path *huma.PathBuffer) []error {
 	if *n == "" {
 		return nil
 	}
-	return checkText(string(*n), 200, "query."+path.String())
+	return checkText(string(*n), 200, path.String())
 }
 
 // Schema implements huma's documentation.

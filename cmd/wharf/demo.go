@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -41,6 +42,11 @@ func (c *demoCmd) Run(ctx context.Context) (err error) {
 	faults, err := c.faults()
 	if err != nil {
 		return err
+	}
+	if os.Getenv("GOGC") == "" {
+		// Twenty programs in one process make much garbage and keep little: let more of it lie, up to a limit.
+		debug.SetGCPercent(400)
+		debug.SetMemoryLimit(3 << 29) // 1.5 GiB
 	}
 	began := time.Now()
 	owner, err := embedded.Lock(c.DataDir)
@@ -120,6 +126,16 @@ func (c *demoCmd) Run(ctx context.Context) (err error) {
 			return serveProvider(ctx, providerListener,
 				provider.Options{Faults: faults, File: filepath.Join(c.DataDir, "provider.jsonl")})
 		}},
+	}
+	if postgres != nil {
+		parts = append(parts, part{run: func(life context.Context) error {
+			select {
+			case <-postgres.Done():
+				return errors.New("the embedded Postgres has ended: its log in " + c.DataDir + " says why")
+			case <-life.Done():
+				return nil
+			}
+		}})
 	}
 	parts = append(parts, part{run: func(life context.Context) error {
 		for _, p := range parts[:len(parts)-1] {

@@ -15,9 +15,8 @@ import (
 	"time"
 
 	"github.com/alecthomas/kong"
-	"go.opentelemetry.io/otel"
-	"go.opentelemetry.io/otel/propagation"
-	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+
+	"wharf/infra/telemetry"
 )
 
 type cli struct {
@@ -65,15 +64,13 @@ func run(args []string) int {
 		fmt.Fprintf(os.Stderr, "wharf: %v\nTry: wharf --help\n", err)
 		return exitUsage
 	}
-	options := &slog.HandlerOptions{Level: c.LogLevel}
-	var handler slog.Handler = slog.NewTextHandler(os.Stderr, options)
-	if c.LogFormat == "json" {
-		handler = slog.NewJSONHandler(os.Stderr, options)
-	}
-	slog.SetDefault(slog.New(handler))
 	// Traces are made and passed on through HTTP, commits and events; who wants to see them adds an exporter here.
-	otel.SetTracerProvider(sdktrace.NewTracerProvider())
-	otel.SetTextMapPropagator(propagation.TraceContext{})
+	shutdown, err := telemetry.Setup(os.Stderr, c.LogLevel, c.LogFormat)
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "wharf: %v\n", err)
+		return exitUsage
+	}
+	defer func() { _ = shutdown(context.Background()) }()
 
 	ctx, cancel := context.WithCancelCause(context.Background())
 	signals := make(chan os.Signal, 2)

@@ -4,8 +4,8 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/vbauerster/mpb/v8"
 	"github.com/vbauerster/mpb/v8/decor"
@@ -50,64 +50,77 @@ func (c *replayCmd) Run(ctx context.Context) error {
 	}
 	defer closePool()
 
-	bars := newBars()
-	err = engine.Replay(ctx, c.Models, bars.show)
-	bars.wait(err)
+	show, wait := lines(), func() {}
+	if stderr, err := os.Stderr.Stat(); err == nil && stderr.Mode()&os.ModeCharDevice != 0 {
+		show, wait = bars()
+	}
+	fresh := []newBuild{}
+	err = engine.Replay(ctx, c.Models, func(p postgres.Progress) {
+		show(p)
+		if p.Phase == postgres.PhaseDone {
+			fresh = append(fresh, newBuild{p.Model, p.Build, p.Done})
+		}
+	})
+	wait()
 	if err != nil {
 		return err
 	}
 	if c.JSON {
-		return printJSON(map[string]any{"items": bars.done})
+		return printJSON(map[string]any{"items": fresh})
 	}
-	for _, b := range bars.done {
-		fmt.Printf("%s is build %d now, made of %d events\n", b.Name, b.Build, b.Records)
+	for _, b := range fresh {
+		fmt.Printf("%s is build %d now, made of %d events\n", b.Name, b.Build, b.Events)
 	}
 	return nil
 }
 
-// bars shows the progress of one read model after the other on standard error.
-type bars struct {
-	mu       sync.Mutex
-	progress *mpb.Progress
-	bar      *mpb.Bar
-	model    string
-	phase    atomic.Value // string
-	done     []newBuild
-}
-
 type newBuild struct {
-	Name    string `json:"name"`
-	Build   int64  `json:"build"`
-	Records int64  `json:"records"`
+	Name   string `json:"name"`
+	Build  int64  `json:"build"`
+	Events int64  `json:"events"`
 }
 
-func newBars() *bars {
-	return &bars{progress: mpb.New(mpb.WithOutput(os.Stderr), mpb.WithWidth(40), mpb.WithAutoRefresh()), done: []newBuild{}}
-}
-
-func (b *bars) show(p postgres.Progress) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.phase.Store(string(p.Phase))
-	if b.model != p.Model {
-		b.model = p.Model
-		b.bar = b.progress.AddBar(max(p.Total, 1),
-			mpb.PrependDecorators(decor.Name(p.Model, decor.WCSyncSpaceR)),
-			mpb.AppendDecorators(decor.CountersNoUnit("%d of %d"), decor.Any(func(decor.Statistics) string {
-				return " " + b.phase.Load().(string) // without the lock: show holds it while it waits for the bar
-			})))
-	}
-	b.bar.SetTotal(max(p.Total, p.Done, 1), false)
-	b.bar.SetCurrent(p.Done)
-	if p.Phase == postgres.PhaseDone {
-		b.bar.SetTotal(max(p.Done, 1), true)
-		b.done = append(b.done, newBuild{p.Model, p.Build, p.Done})
+// lines tells the progress to a log: a line for each phase, and one now and then.
+func lines() func(postgres.Progress) {
+	var last postgres.Progress
+	var at time.Time
+	return func(p postgres.Progress) {
+		if p.Model == last.Model && p.Phase == last.Phase && time.Since(at) < 2*time.Second {
+			return
+		}
+		last, at = p, time.Now()
+		fmt.Fprintf(os.Stderr, "%s: %s, %d of %d events\n", p.Model, p.Phase, p.Done, p.Total)
 	}
 }
 
-func (b *bars) wait(err error) {
-	if err != nil && b.bar != nil {
-		b.bar.Abort(false)
+// bars shows the progress on a terminal: a bar for each read model.
+func bars() (show func(postgres.Progress), wait func()) {
+	type bar struct {
+		*mpb.Bar
+		phase atomic.Value // string
 	}
-	b.progress.Wait()
+	progress := mpb.New(mpb.WithOutput(os.Stderr), mpb.WithWidth(64))
+	all := map[string]*bar{}
+	show = func(p postgres.Progress) {
+		b := all[p.Model]
+		if b == nil {
+			b = &bar{}
+			b.phase.Store("")
+			b.Bar = progress.AddBar(max(p.Total, 1),
+				mpb.PrependDecorators(decor.Name(p.Model, decor.WCSyncSpaceR)),
+				mpb.AppendDecorators(decor.CountersNoUnit("%d of %d"), decor.Any(func(decor.Statistics) string {
+					return " " + b.phase.Load().(string)
+				})))
+			all[p.Model] = b
+		}
+		b.phase.Store(string(p.Phase))
+		b.SetTotal(max(p.Total, p.Done, 1), p.Phase == postgres.PhaseDone)
+		b.SetCurrent(p.Done)
+	}
+	return show, func() {
+		for _, b := range all {
+			b.Abort(false) // does nothing to one that is done
+		}
+		progress.Wait()
+	}
 }

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ThreeDotsLabs/watermill/message"
+
 	"wharf/infra/journal"
 )
 
@@ -101,4 +103,34 @@ func BenchmarkLatency(b *testing.B) {
 	b.ReportMetric(float64(ends[len(ends)/2].Microseconds()), "end-p50-µs")
 	cancel()
 	wg.Wait()
+}
+
+// BenchmarkSubscriber is how fast records are handed out and acked, each target's in order.
+func BenchmarkSubscriber(b *testing.B) {
+	c := connect(b, brokers(b))
+	name := topic(b, c, 12)
+	log := c.PublicLog(name)
+	for i := 0; i < b.N; i += 500 {
+		rs := numbered(int32(i/500%12), i, min(500, b.N-i))
+		for j := range rs {
+			rs[j].Value = make([]byte, 500)
+			rs[j].Headers = []journal.Header{header("ce_id", fmt.Sprint(i+j)), header("ce_type", "order.placed.v1")}
+		}
+		appendAll(b, log, int32(i/500%12), rs)
+	}
+	b.ResetTimer()
+	sub := NewSubscriber(c, SubscriberConfig{Group: name, Targets: func(msg *message.Message) []string {
+		return []string{msg.UUID[:min(len(msg.UUID), 2)]}
+	}})
+	msgs, err := sub.Subscribe(b.Context(), name)
+	if err != nil {
+		b.Fatal(err)
+	}
+	for range b.N {
+		msg := <-msgs
+		go msg.Ack()
+	}
+	b.StopTimer()
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "records/s")
+	_ = sub.Close()
 }

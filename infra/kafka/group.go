@@ -16,8 +16,8 @@ import (
 // than 10 s, is given up by the group). An owned that returns early is not called again until the group has shared
 // out its partitions anew.
 //
-// It returns when ctx ends, once every owned has returned and the group has been told, so that others take over at once;
-// and then nil. Brokers that are away are waited for. Offsets are neither read nor committed.
+// It returns nil when ctx ends, once every owned has returned and the group has been told, so that others take over at
+// once. Brokers that are away are waited for. Offsets are neither read nor committed.
 func (c *Client) RunGroup(
 	ctx context.Context, name string, topics []string, owned func(ctx context.Context, partition int32),
 ) error {

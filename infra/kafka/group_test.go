@@ -90,7 +90,9 @@ func TestGroupSharesAndTakesOver(t *testing.T) {
 	stop1 := o.member(ctx, c, "one", a, topics)
 	o.await(ctx, "one member", func(n map[string]int) bool { return n["one"] == 7 })
 	stop2 := o.member(ctx, c, "two", a, topics)
-	o.await(ctx, "two members", func(n map[string]int) bool { return n["one"]+n["two"] == 7 && n["one"] >= 3 && n["two"] >= 3 })
+	o.await(ctx, "two members", func(n map[string]int) bool {
+		return n["one"]+n["two"] == 7 && n["one"] >= 3 && n["two"] >= 3
+	})
 	stop1()
 	o.await(ctx, "one has left", func(n map[string]int) bool { return n["two"] == 7 })
 	stop2()
@@ -142,8 +144,8 @@ func TestGroupSurvivesFaults(t *testing.T) {
 	ctx := bounded(t)
 	var mu sync.Mutex
 	fail := 0
-	for _, key := range []int16{int16(kmsg.Heartbeat), int16(kmsg.JoinGroup), int16(kmsg.SyncGroup), int16(kmsg.OffsetFetch)} {
-		cluster.ControlKey(key, func(kmsg.Request) (kmsg.Response, error, bool) {
+	for _, key := range []kmsg.Key{kmsg.Heartbeat, kmsg.JoinGroup, kmsg.SyncGroup, kmsg.OffsetFetch} {
+		cluster.ControlKey(int16(key), func(kmsg.Request) (kmsg.Response, error, bool) {
 			cluster.KeepControl()
 			mu.Lock()
 			defer mu.Unlock()

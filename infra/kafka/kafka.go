@@ -60,7 +60,7 @@ type Config struct {
 
 	ConnectTimeout time.Duration // how long Connect tries; default 10 s
 	SessionTimeout time.Duration // after which a silent group member is given up; default 10 s
-	Heartbeat      time.Duration // between signs of life of a group member, and so how fast it sees a rebalance; default 1 s
+	Heartbeat      time.Duration // of a group member, and so how fast it notices a rebalance; default 1 s
 }
 
 // Client is a connection to one Kafka cluster. All its methods may be called from any goroutine.

@@ -56,8 +56,9 @@ func (c *Client) PublicLog(topic string) *PublicLog { return &PublicLog{c.Reader
 const produceConns = 4
 
 // AppendBatch publishes the records as one atomic record batch. The time of a record is that of its ce_time header, if
-// it has one that is not in the future (which brokers refuse), or else now. When ctx ends first its error is returned, and the
-// batch is still being sent.
+// it has one that is not in the future (which brokers refuse), or else now. While it is certain that nothing was
+// written (no leader, no connection), it is tried again, a bounded number of times. When ctx ends first its error is
+// returned, and the batch is still being sent.
 func (l *PublicLog) AppendBatch(ctx context.Context, partition int32, records []journal.Record) error {
 	if len(records) == 0 {
 		return nil
@@ -68,9 +69,11 @@ func (l *PublicLog) AppendBatch(ctx context.Context, partition int32, records []
 		if err == nil {
 			return nil
 		}
+		err = refused(err)
 		// Trying again is safe only while it is certain that nothing was written.
-		if written || retry.tries >= l.c.conf.Producer.Retry.Max || errors.Is(err, ErrClosed) || !retry.sleep(ctx) {
-			return fmt.Errorf("append to %s partition %d: %w", l.topic, partition, refused(err))
+		final := written || errors.Is(err, ErrClosed) || errors.Is(err, journal.ErrRefused)
+		if final || retry.tries >= l.c.conf.Producer.Retry.Max || !retry.sleep(ctx) {
+			return fmt.Errorf("append to %s partition %d: %w", l.topic, partition, err)
 		}
 	}
 }

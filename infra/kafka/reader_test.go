@@ -106,7 +106,8 @@ func TestReadPassesControlRecords(t *testing.T) {
 		if err := p.BeginTxn(); err != nil {
 			t.Fatal(err)
 		}
-		if _, _, err := p.SendMessage(&sarama.ProducerMessage{Topic: name, Value: sarama.StringEncoder(strconv.Itoa(i))}); err != nil {
+		msg := &sarama.ProducerMessage{Topic: name, Value: sarama.StringEncoder(strconv.Itoa(i))}
+		if _, _, err := p.SendMessage(msg); err != nil {
 			t.Fatal(err)
 		}
 		if err := end(); err != nil {

@@ -44,11 +44,11 @@ type SubscriberConfig struct {
 	Concurrency        int           // messages handed out and not answered, per subscription; default 256
 	RedeliveryDelay    time.Duration // before a nacked message comes again, doubling; default 100 ms
 	RedeliveryDelayMax time.Duration // default 3 s
-	DrainTimeout       time.Duration // how long messages may take that are out when partitions are given up; default 5 s
+	DrainTimeout       time.Duration // for messages that are out when partitions are given up; default 5 s, below 10 s
 }
 
 const (
-	windowBytes    = 16 << 20    // bounds the window of a partition with large records
+	windowBytes    = 4 << 20     // bounds the window of a partition with large records
 	commitInterval = time.Second // between commits of what is done
 	stuckAfter     = 8           // redeliveries until a target is called stuck
 	stuckInterval  = time.Minute // between two warnings of one stuck target

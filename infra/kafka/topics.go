@@ -40,10 +40,12 @@ func (s TopicSpec) config() map[string]string {
 	}
 }
 
-// CreateTopics creates the topics that do not exist, and returns when all can be used. One that exists is left as it is:
-// CheckTopics tells whether it will do.
+// CreateTopics creates the topics that do not exist, and returns when they can be used. One that exists is left as it
+// is: CheckTopics tells whether it will do.
 func (c *Client) CreateTopics(ctx context.Context, specs []TopicSpec) error {
-	for _, s := range specs {
+	wait := make([]int32, len(specs)) // for that many partitions
+	for i, s := range specs {
+		wait[i] = 1
 		err := c.admin(ctx, func(a sarama.ClusterAdmin) error {
 			detail := &sarama.TopicDetail{
 				NumPartitions: s.Partitions, ReplicationFactor: s.Replication, ConfigEntries: map[string]*string{},
@@ -53,8 +55,9 @@ func (c *Client) CreateTopics(ctx context.Context, specs []TopicSpec) error {
 			}
 			err := a.CreateTopic(s.Name, detail, false)
 			if errors.Is(err, sarama.ErrTopicAlreadyExists) {
-				return nil
+				return nil // perhaps with fewer partitions
 			}
+			wait[i] = s.Partitions
 			return err
 		})
 		if err != nil {
@@ -64,8 +67,8 @@ func (c *Client) CreateTopics(ctx context.Context, specs []TopicSpec) error {
 	// The cluster knows a new topic some time before its leaders serve it.
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.ConnectTimeout)
 	defer cancel()
-	for _, s := range specs {
-		for p := range s.Partitions {
+	for i, s := range specs {
+		for p := range wait[i] {
 			if _, err := c.Reader(s.Name).End(ctx, p); err != nil {
 				return fmt.Errorf("create topic %s: %w", s.Name, err)
 			}

@@ -67,7 +67,8 @@ func haltf(format string, args ...any) error { return &haltError{fmt.Errorf(form
 func (e *Engine) load(
 	ctx context.Context, pool *pgxpool.Pool, m projections.Model, b build, partition int32,
 ) (*task, error) {
-	t := &task{e: e, pool: pool, limits: limits{e.Batch, batchBytes, cachedRows}, model: m, build: b, partition: partition, bulk: b.state == building,
+	t := &task{e: e, pool: pool, model: m, build: b, partition: partition,
+		limits: limits{e.Batch, batchBytes, cachedRows}, bulk: b.state == building,
 		log: e.Logger.With("model", m.Name, "build", b.id, "partition", partition)}
 	if !slices.Equal(m.Topics, b.topics) {
 		return nil, haltf("the build was made from the topics %v, and version %d of %s is made from %v: "+
@@ -117,8 +118,8 @@ func (t *task) run(ctx context.Context, until []int64) error {
 	defer stop()
 	chunks := make(chan chunk)
 	for i := range t.model.Topics {
-		last := t.at.seqs[i]
-		feeds.Go(func() { t.feed(feeding, i, last, chunks) })
+		from, last := t.at.offsets[i], t.at.seqs[i]
+		feeds.Go(func() { t.feed(feeding, i, from, last, chunks) })
 	}
 	for {
 		batch, err := t.collect(ctx, chunks, until)
@@ -163,8 +164,8 @@ type chunk struct {
 
 var errForeign = errors.New("it is no event of ours")
 
-// feed reads one topic from where the task is.
-func (t *task) feed(ctx context.Context, topic int, last int64, chunks chan<- chunk) {
+// feed reads one topic from the offset on, where `last` is the journalseq of the event before.
+func (t *task) feed(ctx context.Context, topic int, from, last int64, chunks chan<- chunk) {
 	name := t.model.Topics[topic]
 	hand := func(c chunk) error {
 		select {
@@ -174,7 +175,6 @@ func (t *task) feed(ctx context.Context, topic int, last int64, chunks chan<- ch
 			return ctx.Err()
 		}
 	}
-	from := t.at.offsets[topic]
 	err := t.e.Source(name).Read(ctx, t.partition, from, func(b journal.Batch) error {
 		c := chunk{topic: topic, next: b.Next}
 		leaveOut := func(r journal.Record, why error) {

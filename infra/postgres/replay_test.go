@@ -1,0 +1,358 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"wharf/domain"
+	"wharf/domain/shipping"
+	"wharf/infra/journal"
+	"wharf/projections"
+)
+
+func allNames(e *Engine) (list []string) {
+	for _, m := range e.Models {
+		list = append(list, m.Name)
+	}
+	return list
+}
+
+func TestAReplayComesToTheSameRows(t *testing.T) {
+	for name, bulk := range map[string]limits{
+		"in memory": bulkLimits,
+		"in pieces": {events: 7, bytes: 1 << 20, rows: 3}, // so that rows go to the table and are looked up again
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newShop()
+			s.stock(100)
+			for i := range 60 {
+				s.order(i, 6)
+			}
+			pool := openTest(t)
+			e := newEngine(t, pool, s)
+			e.bulk = bulk
+			stop := start(t, e)
+			s.caughtUp(t, pool)
+			stop()
+			want := dump(t, pool, e.Models)
+			var last Progress
+			phases := map[Phase]bool{}
+			if err := e.Replay(context.Background(), allNames(e), func(p Progress) { last = p; phases[p.Phase] = true }); err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(want, dump(t, pool, e.Models)); diff != "" {
+				t.Errorf("rows of the replay differ from the live ones (-want +got):\n%s", diff)
+			}
+			if last.Done != last.Total || last.Total == 0 || len(phases) != 4 {
+				t.Errorf("the last progress is %+v, phases %v", last, phases)
+			}
+			// Live projection goes on where the replay ended, on the new builds.
+			start(t, e)
+			s.order(1000, 6)
+			s.caughtUp(t, pool)
+			if n := one[int64](t, pool, "SELECT sum(orders)::bigint FROM wharf_read.sales"); n != 61 {
+				t.Errorf("%d orders were sold, want 61", n)
+			}
+			for _, m := range e.Models {
+				live := one[string](t, pool, "SELECT indexes FROM (SELECT string_agg(regexp_replace(indexdef, 'wharf_build_\\d+', ''), ' ' ORDER BY indexdef) AS indexes, schemaname FROM pg_indexes WHERE tablename = $1 GROUP BY schemaname) AS i, wharf.builds b WHERE schemaname = 'wharf_build_' || b.id AND b.state = 'live' AND b.model = $1", m.Name)
+				old := one[string](t, pool, "SELECT indexes FROM (SELECT string_agg(regexp_replace(indexdef, 'wharf_build_\\d+', ''), ' ' ORDER BY indexdef) AS indexes, schemaname FROM pg_indexes WHERE tablename = $1 GROUP BY schemaname) AS i, wharf.builds b WHERE schemaname = 'wharf_build_' || b.id AND b.state = 'retired' AND b.model = $1", m.Name)
+				if live != old || live == "" {
+					t.Errorf("the indexes of %s are %s, and were %s", m.Name, live, old)
+				}
+			}
+		})
+	}
+}
+
+// While orders come in and builds are swapped again and again, queries never fail and never see less than before; in
+// the end all is as if nothing had been swapped.
+func TestQueriesAndLiveProjectionGoOnDuringReplays(t *testing.T) {
+	s := newShop()
+	s.stock(100)
+	for i := range 50 {
+		s.order(i, 3)
+	}
+	pool := openTest(t)
+	e := newEngine(t, pool, s, func(c *Config) { c.Grace = 200 * time.Millisecond })
+	start(t, e)
+	s.caughtUp(t, pool)
+	query, err := OpenQuery(context.Background(), pool.Config().ConnString())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer query.Close()
+
+	ctx, cancel := context.WithCancel(context.Background())
+	var others sync.WaitGroup
+	var queries atomic.Int64
+	for _, sql := range []string{
+		"SELECT count(*) FROM wharf_read.orders WHERE status = 'delivered'",
+		"SELECT coalesce(sum(orders), 0)::bigint FROM wharf_read.sales",
+		"SELECT count(*) FROM wharf_read.history",
+		"SELECT sum(shipped)::bigint FROM wharf_read.stock",
+	} {
+		others.Go(func() {
+			for seen := int64(1); ctx.Err() == nil; queries.Add(1) {
+				var now int64
+				if err := query.QueryRow(context.Background(), sql).Scan(&now); err != nil {
+					t.Errorf("%s: %v", sql, err)
+					return
+				}
+				if now < seen {
+					t.Errorf("%s: %d after %d", sql, now, seen)
+				}
+				seen = now
+			}
+		})
+	}
+	told := 50
+	others.Go(func() {
+		for ; ctx.Err() == nil && told < 400; told++ {
+			s.order(told, 3)
+		}
+	})
+	other := newEngine(t, openURL(t, pool.Config().ConnString()), s) // as wharf replay is: another process
+	for range 2 {
+		if err := other.Replay(ctx, []string{"orders", "history", "sales", "stock"}, func(Progress) {}); err != nil {
+			t.Error(err)
+		}
+	}
+	cancel()
+	others.Wait()
+	s.caughtUp(t, pool)
+	if queries.Load() == 0 {
+		t.Error("nobody asked anything")
+	}
+	if n := one[int64](t, pool, "SELECT sum(orders)::bigint FROM wharf_read.sales"); n != int64(told) {
+		t.Errorf("%d orders were sold, want %d", n, told)
+	}
+	eventually(t, "old builds are dropped", func() bool {
+		return one[int64](t, pool, "SELECT count(*) FROM wharf.builds") == int64(len(e.Models)) &&
+			one[int64](t, pool, "SELECT count(*) FROM pg_namespace WHERE nspname LIKE 'wharf_build_%'") == int64(len(e.Models))
+	})
+}
+
+// blocking is a source that holds up its readers until it is let go.
+type blocking struct {
+	journal.Reader
+	reached, goOn chan struct{}
+	once          *sync.Once
+}
+
+func (b blocking) Read(ctx context.Context, p int32, from int64, f func(journal.Batch) error) error {
+	b.once.Do(func() { close(b.reached) })
+	select {
+	case <-b.goOn:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	return b.Reader.Read(ctx, p, from, f)
+}
+
+func TestAReplayIsAloneAndCanBeCutOff(t *testing.T) {
+	s := newShop()
+	s.order(1, 3)
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	start(t, e)
+	s.caughtUp(t, pool)
+	reached, goOn := make(chan struct{}), make(chan struct{})
+	once := &sync.Once{}
+	slow := newEngine(t, openURL(t, pool.Config().ConnString()), s, func(c *Config) {
+		c.Source = func(topic string) journal.Reader { return blocking{s.reader(topic), reached, goOn, once} }
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	first := make(chan error, 1)
+	go func() { first <- slow.Replay(ctx, []string{"stock"}, func(Progress) {}) }()
+	<-reached
+	if err := e.Replay(context.Background(), []string{"stock"}, func(Progress) {}); !errors.Is(err, ErrReplaying) {
+		t.Errorf("the second replay says %v", err)
+	}
+	if err := e.Replay(context.Background(), []string{"sales"}, func(Progress) {}); err != nil {
+		t.Errorf("a replay of another read model: %v", err)
+	}
+	cancel()
+	if err := <-first; !errors.Is(err, context.Canceled) {
+		t.Errorf("the first replay says %v", err)
+	}
+	unfinished := "SELECT count(*) FROM wharf.builds WHERE state = 'building'"
+	if n := one[int64](t, pool, unfinished); n != 0 {
+		t.Errorf("it left %d unfinished builds behind", n)
+	}
+	// One that was killed leaves its build behind, and the next clears it away.
+	if _, err := pool.Exec(context.Background(), "SELECT 1"); err != nil {
+		t.Fatal(err)
+	}
+	tx, err := pool.Begin(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.create(context.Background(), tx, projections.Stock); err != nil {
+		t.Fatal(err)
+	}
+	if err := tx.Commit(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Replay(context.Background(), []string{"stock"}, func(Progress) {}); err != nil {
+		t.Error(err)
+	}
+	if n := one[int64](t, pool, unfinished); n != 0 {
+		t.Errorf("there are %d unfinished builds", n)
+	}
+	if err := e.Replay(context.Background(), []string{"stocks"}, nil); err == nil {
+		t.Error("a replay of what there is not succeeds")
+	}
+}
+
+// A query that takes long must not make others queue behind a swap that waits for it.
+func TestASwapGivesWayToALongQuery(t *testing.T) {
+	s := newShop()
+	s.order(1, 3)
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	start(t, e)
+	s.caughtUp(t, pool)
+	ctx := context.Background()
+	long, err := pool.Begin(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer long.Rollback(ctx)
+	if _, err := long.Exec(ctx, "SELECT * FROM wharf_read.shipments"); err != nil {
+		t.Fatal(err)
+	}
+	swapping := make(chan struct{})
+	var once sync.Once
+	done := make(chan error, 1)
+	go func() {
+		done <- e.Replay(ctx, []string{"shipments"}, func(p Progress) {
+			if p.Phase == PhaseSwapping {
+				once.Do(func() { close(swapping) })
+			}
+		})
+	}()
+	<-swapping
+	for i := range 20 { // live projection and queries go on
+		s.tell(orderID(100+i), shipping.Created{})
+		s.caughtUp(t, pool)
+		if n := one[int64](t, pool, "SELECT count(*) FROM wharf_read.shipments"); n != int64(i+2) {
+			t.Fatalf("there are %d shipments, want %d", n, i+2)
+		}
+	}
+	select {
+	case err := <-done:
+		t.Fatalf("the swap did not wait: %v", err)
+	default:
+	}
+	if err := long.Rollback(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestANewVersionIsBuiltBesideTheOldOneAndSwappedIn(t *testing.T) {
+	type key struct {
+		Order string `db:"order_id text"`
+	}
+	type row1 struct {
+		Status string `db:"status text"`
+	}
+	type row2 struct {
+		Events int64  `db:"events bigint"`
+		Status string `db:"status varchar"`
+	}
+	keys := func(e projections.Event) []key { return []key{{e.Stream}} }
+	events := map[string]domain.Events{projections.ShippingTopic: shipping.Events}
+	v1 := projections.Define(projections.Spec[key, row1]{Name: "parcels", Version: 1, Events: events, Keys: keys,
+		Apply: func(_ key, r row1, e projections.Event) row1 { return row1{e.Name} }})
+	v2 := projections.Define(projections.Spec[key, row2]{Name: "parcels", Version: 2, Events: events, Keys: keys,
+		Apply: func(_ key, r row2, e projections.Event) row2 { return row2{r.Events + 1, e.Name} }})
+
+	s := newShop()
+	for i := range 30 {
+		s.order(i, 1)
+	}
+	pool := openTest(t)
+	with := func(m projections.Model) func(*Config) {
+		return func(c *Config) { c.Models = []projections.Model{m} }
+	}
+	older := newEngine(t, pool, s, with(v1))
+	start(t, older)
+	s.caughtUp(t, pool)
+	if n := one[int64](t, pool, "SELECT count(*) FROM wharf_read.parcels"); n != 30 {
+		t.Fatalf("there are %d parcels", n)
+	}
+	// The new program comes while the old one runs; of the new ones two at once.
+	newer := newEngine(t, openURL(t, pool.Config().ConnString()), s, with(v2))
+	start(t, newer)
+	start(t, newEngine(t, openURL(t, pool.Config().ConnString()), s, with(v2)))
+	version := "SELECT version FROM wharf.builds WHERE model = 'parcels' AND state = 'live'"
+	eventually(t, "the new version is live", func() bool { return one[int64](t, pool, version) == 2 })
+	for i := 30; i < 40; i++ {
+		s.order(i, 1)
+	}
+	s.caughtUp(t, pool)
+	if n := one[int64](t, pool, "SELECT sum(events)::bigint FROM wharf_read.parcels"); n != 3*40 {
+		t.Errorf("%d events in the new version, want %d", n, 3*40)
+	}
+	// The old program, started again, leaves the newer build alone.
+	start(t, newEngine(t, openURL(t, pool.Config().ConnString()), s, with(v1)))
+	s.order(40, 1)
+	s.caughtUp(t, pool)
+	if v, n := one[int64](t, pool, version), one[int64](t, pool, "SELECT count(*) FROM wharf.builds WHERE version = 1 AND state <> 'retired'"); v != 2 || n != 0 {
+		t.Errorf("version %d is live, and there are %d of version 1", v, n)
+	}
+}
+
+func TestPositionsAreShownForEveryBuild(t *testing.T) {
+	s := newShop()
+	s.order(1, 3)
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	start(t, e)
+	s.caughtUp(t, pool)
+	status, err := projections.ReadStatus(context.Background(), pool, testLags{s})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, b := range status.Items {
+		got = append(got, fmt.Sprint(b.Name, b.Version, b.State, b.Lag, b.Error))
+	}
+	want := []string{"history1live0", "ledger1live0", "orders1live0", "payments1live0", "sales1live0", "shipments1live0", "stock1live0"}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
+// testLags is projections.Lags on the topics in memory.
+type testLags struct{ s *shop }
+
+func (l testLags) Ends(ctx context.Context, topics []string) (map[string]map[int32]int64, error) {
+	ends := map[string]map[int32]int64{}
+	for _, t := range topics {
+		ends[t] = map[int32]int64{}
+		for p := range int32(partitions) {
+			end, err := l.s.topics[t].End(ctx, p)
+			if err != nil {
+				return nil, err
+			}
+			ends[t][p] = end
+		}
+	}
+	return ends, nil
+}
+
+func (testLags) Policies(context.Context) ([]projections.PolicyLag, error) {
+	return []projections.PolicyLag{{Service: "orders", Lag: 3}}, nil
+}

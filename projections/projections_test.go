@@ -1,0 +1,302 @@
+package projections
+
+import (
+	"encoding/json"
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/google/uuid"
+	"pgregory.net/rapid"
+
+	"wharf/domain"
+	"wharf/domain/inventory"
+	"wharf/domain/orders"
+	"wharf/domain/payments"
+	"wharf/domain/shipping"
+)
+
+// told is what a partition's topics tell: events by topic, in order.
+type told map[string][]domain.Recorded
+
+func (w told) tell(topic, stream string, version int64, fact domain.Event) {
+	data, err := domain.Encode(fact)
+	if err != nil {
+		panic(err)
+	}
+	seq := int64(len(w[topic]) + 1)
+	w[topic] = append(w[topic], domain.Recorded{
+		ID: uuid.NewSHA1(uuid.Nil, fmt.Append(nil, topic, seq)), Name: fact.EventName(), Service: topic[:len(topic)-7], Stream: stream,
+		Version: version, Time: time.Date(2026, 1, 1+int(seq%3), 0, 0, 0, int(seq)*1000, time.UTC),
+		Position: domain.Position{Topic: topic, Partition: 3, Seq: seq}, Data: data,
+	})
+}
+
+// drawTold makes up what the topics of a partition tell of some streams, which need not make sense across topics: a
+// read model must not rely on it.
+func drawTold(t *rapid.T) told {
+	w := told{}
+	ids := []string{uuid.NewString(), uuid.NewString()}
+	order := uuid.MustParse(ids[0])
+	money := rapid.Custom(func(t *rapid.T) domain.Money {
+		return domain.Money{Amount: rapid.Int64Range(0, 1000).Draw(t, "amount"), Currency: rapid.SampledFrom([]string{"GBP", "USD"}).Draw(t, "currency")}
+	})
+	for topic, streams := range map[string][]string{OrdersTopic: ids, PaymentsTopic: ids, ShippingTopic: ids, InventoryTopic: {"MUG", "CUP"}} {
+		versions := map[string]int64{}
+		for range rapid.IntRange(0, 8).Draw(t, "events of "+topic) {
+			stream := rapid.SampledFrom(streams).Draw(t, "stream")
+			m, q := money.Draw(t, "money"), rapid.Int64Range(1, 9).Draw(t, "quantity")
+			items := []domain.Quantity{{SKU: "MUG", Quantity: q}}
+			postings := []payments.Posting{{Account: "a", Amount: m}, {Account: "b", Amount: domain.Money{Amount: -m.Amount, Currency: m.Currency}}}
+			var facts []domain.Event
+			switch topic {
+			case OrdersTopic:
+				facts = []domain.Event{
+					orders.Placed{Customer: "C", Lines: []orders.Line{{SKU: "MUG", Quantity: q, UnitPrice: m}}, Items: items, Total: m},
+					orders.ItemReserved{SKU: "MUG"}, orders.StockConfirmed{Total: m}, orders.Confirmed{Items: items},
+					orders.CancellationRequested{Reason: "asked"}, orders.Shipped{Items: items, Total: m}, orders.Delivered{Items: items},
+					orders.Rejected{Reason: "none left"}, orders.Cancelled{Reason: "asked"}, orders.Expired{Reason: "late"}}
+			case PaymentsTopic:
+				facts = []domain.Event{
+					payments.AuthorizationRequested{Amount: m}, payments.Authorized{Amount: m, Postings: postings}, payments.Declined{Reason: "no"},
+					payments.CaptureRequested{Amount: m}, payments.Captured{Amount: m, Postings: postings}, payments.CaptureDeclined{},
+					payments.VoidRequested{}, payments.Voided{Amount: m, Postings: postings}, payments.RefundRequested{Amount: m},
+					payments.Refunded{Amount: m, Postings: postings}, payments.RefundDeclined{Amount: m}}
+			case ShippingTopic:
+				facts = []domain.Event{shipping.Created{Items: items}, shipping.Dispatched{Carrier: "Post", Tracking: "1", Items: items},
+					shipping.Delivered{}, shipping.Cancelled{}}
+			case InventoryTopic:
+				facts = []domain.Event{inventory.Received{Quantity: q}, inventory.Adjusted{Delta: -q, Reason: "lost"},
+					inventory.Reserved{Order: order, Quantity: q}, inventory.ReservationRejected{Order: order, Quantity: q},
+					inventory.Released{Order: order, Quantity: q}, inventory.Shipped{Order: order, Quantity: q}}
+			}
+			versions[stream]++
+			w.tell(topic, stream, versions[stream], rapid.SampledFrom(facts).Draw(t, "fact"))
+		}
+	}
+	return w
+}
+
+// interleave puts the topics' events into one order that keeps each topic's own.
+func (w told) interleave(t *rapid.T) (all []domain.Recorded) {
+	left := map[string][]domain.Recorded{}
+	for topic, events := range w {
+		left[topic] = events
+	}
+	for {
+		var topics []string
+		for _, topic := range Topics {
+			if len(left[topic]) > 0 {
+				topics = append(topics, topic)
+			}
+		}
+		if len(topics) == 0 {
+			return all
+		}
+		topic := rapid.SampledFrom(topics).Draw(t, "next")
+		all, left[topic] = append(all, left[topic][0]), left[topic][1:]
+	}
+}
+
+// fold is the rows that the events make, as the columns of their table.
+func fold(t interface{ Fatal(...any) }, m Model, events []domain.Recorded) map[string][]any {
+	rows, keys := map[any]any{}, []any{}
+	for _, r := range events {
+		e, listens, err := m.Decode(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !listens {
+			continue
+		}
+		for _, k := range m.Touched(e) {
+			if rows[k] == nil {
+				rows[k] = m.New()
+				keys = append(keys, k)
+			}
+			m.Apply(k, rows[k], e)
+		}
+	}
+	values := map[string][]any{}
+	for _, k := range keys {
+		v, err := m.Values(k, rows[k])
+		if err != nil {
+			t.Fatal(err)
+		}
+		values[fmt.Sprint(k)] = v
+	}
+	return values
+}
+
+func TestApplyAcceptsAnyInterleavingOfItsTopics(t *testing.T) {
+	for _, m := range All {
+		t.Run(m.Name, func(t *testing.T) {
+			rapid.Check(t, func(t *rapid.T) {
+				w := drawTold(t)
+				if diff := cmp.Diff(fold(t, m, w.interleave(t)), fold(t, m, w.interleave(t)), cmpopts.EquateEmpty()); diff != "" {
+					t.Fatal(diff)
+				}
+			})
+		})
+	}
+}
+
+// What went to the table and came back folds on as if it had stayed in memory, so that it does not matter which rows
+// a task keeps.
+func TestRowsGoThroughTheirColumnsUnchanged(t *testing.T) {
+	for _, m := range All {
+		t.Run(m.Name, func(t *testing.T) {
+			rapid.Check(t, func(t *rapid.T) {
+				events := drawTold(t).interleave(t)
+				rows := map[any]any{}
+				for _, r := range events {
+					e, listens, err := m.Decode(r)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if !listens {
+						continue
+					}
+					for _, k := range m.Touched(e) {
+						row := m.New()
+						if old := rows[k]; old != nil {
+							values, err := m.Values(k, old)
+							if err != nil {
+								t.Fatal(err)
+							}
+							var key any
+							if key, row, err = m.Scan(scanned{m, values}); err != nil {
+								t.Fatal(err)
+							}
+							if key != k {
+								t.Fatalf("the key %v came back as %v", k, key)
+							}
+						}
+						m.Apply(k, row, e)
+						rows[k] = row
+					}
+				}
+				got := map[string][]any{}
+				for k, row := range rows {
+					v, err := m.Values(k, row)
+					if err != nil {
+						t.Fatal(err)
+					}
+					got[fmt.Sprint(k)] = v
+				}
+				if diff := cmp.Diff(fold(t, m, events), got); diff != "" {
+					t.Fatal(diff)
+				}
+			})
+		})
+	}
+}
+
+// scanned is a row that the database gives back.
+type scanned struct {
+	Model
+	values []any
+}
+
+func (s scanned) Scan(dest ...any) error {
+	for i, d := range dest {
+		v := s.values[i]
+		if id, ok := v.([16]byte); ok {
+			v = uuid.UUID(id)
+		}
+		data, err := json.Marshal(v)
+		if s.Columns[i].Type == "json" {
+			data = []byte(v.(string))
+		}
+		if err == nil {
+			err = json.Unmarshal(data, d)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func TestAnOrderHasTheStateOfItsPartsBeforeItIsHeardOf(t *testing.T) {
+	w, id := told{}, uuid.NewString()
+	w.tell(ShippingTopic, id, 1, shipping.Created{})
+	w.tell(ShippingTopic, id, 2, shipping.Dispatched{})
+	w.tell(PaymentsTopic, id, 1, payments.AuthorizationRequested{Amount: domain.Money{Amount: 5, Currency: "GBP"}})
+	w.tell(OrdersTopic, id, 1, orders.Placed{Customer: "C"})
+	e, _, err := Orders.Decode(w[ShippingTopic][1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := Orders.Touched(e)[0]
+	row := Orders.New().(*orderRow)
+	for _, r := range slices.Concat(w[ShippingTopic], w[PaymentsTopic], w[OrdersTopic]) {
+		if row.Version != 0 {
+			t.Errorf("it has version %d before it is placed", row.Version)
+		}
+		e, _, _ := Orders.Decode(r)
+		Orders.Apply(key, row, e)
+	}
+	if row.Shipment != shipping.StatusDispatched || row.Payment.Status != payments.StatusAuthorizing || row.Status != orders.StatusPlaced {
+		t.Errorf("the order is %+v", row)
+	}
+}
+
+func TestCursorsAreTakenOnlyAsTheyWereGiven(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		c := historyCursor{time.UnixMicro(rapid.Int64Range(0, 1<<50).Draw(t, "time")).UTC(), rapid.String().Draw(t, "topic"),
+			rapid.Int32().Draw(t, "partition"), rapid.Int64().Draw(t, "seq")}
+		s := encodeCursor(c)
+		got, ok := decodeCursor[historyCursor](s)
+		if ok && !got.Time.Equal(c.Time) || ok && got.Seq != c.Seq || !ok && storable(c.Topic) {
+			t.Fatalf("%+v became %+v %v", c, got, ok)
+		}
+		i := rapid.IntRange(0, len(s)-1).Draw(t, "at")
+		for _, other := range []string{s[:i] + s[i+1:], s[:i] + "!" + s[i:], s + "A", ""} {
+			if got, ok := decodeCursor[historyCursor](other); ok && encodeCursor(got) != other {
+				t.Fatalf("%q is taken for %+v", other, got)
+			}
+		}
+		if _, ok := decodeCursor[stockCursor](s); ok {
+			t.Fatal("a list takes another's cursor")
+		}
+	})
+}
+
+func TestEveryReadModelIsWellDefined(t *testing.T) {
+	for _, m := range All {
+		if m.Version < 1 || len(m.Topics) == 0 || m.Keys == 0 || len(m.Columns) == m.Keys {
+			t.Errorf("%s: %+v", m.Name, m)
+		}
+		for _, topic := range m.Topics {
+			if !slices.Contains(Topics, topic) {
+				t.Errorf("%s listens to %s", m.Name, topic)
+			}
+		}
+	}
+	for what, define := range map[string]func(){
+		"a key across partitions": func() {
+			type key struct {
+				A string `db:"a text"`
+				B string `db:"b text"`
+			}
+			Define(Spec[key, stockRow]{Name: "x"})
+		},
+		"a field without a column": func() {
+			type row struct{ A string }
+			Define(Spec[stockKey, row]{Name: "x"})
+		},
+	} {
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("%s is taken", what)
+				}
+			}()
+			define()
+		}()
+	}
+}
