@@ -138,7 +138,7 @@ func newService[S commands.State[S]](client *kafka.Client, name string, partitio
 		Logger: slog.Default().With("service", name),
 	})
 	for _, topic := range append([]string{journalTopic(name), publicTopic(name)}, publicTopics(sources[name]...)...) {
-		s.specs = append(s.specs, kafka.TopicSpec{Name: topic, Partitions: int32(partitions), Replication: 1})
+		s.specs = append(s.specs, kafka.TopicSpec{Name: topic, Partitions: int32(partitions)})
 	}
 	return s
 }
@@ -174,7 +174,7 @@ func (s *service[S]) own(ctx context.Context, partition int32, caughtUp func(con
 // run keeps the service going until ctx ends. It refuses to run on topics that could lose events.
 func (s *service[S]) run(ctx context.Context) error {
 	if err := s.client.CheckTopics(ctx, s.specs); err != nil {
-		return fmt.Errorf("the topics of %s will not do (wharf topics creates them): %w", s.name, err)
+		return fmt.Errorf("the topics of %s will not do: %w", s.name, err)
 	}
 	// The journal outlives the policies, which need it to finish what they are at.
 	life, stop := context.WithCancel(context.WithoutCancel(ctx))
@@ -203,6 +203,10 @@ func (s *service[S]) ready() error {
 func checkNowAndThen(ctx context.Context, client *kafka.Client, specs []kafka.TopicSpec) error {
 	for sleep(ctx, time.Minute) {
 		err := client.CheckTopics(ctx, specs)
+		var unsafe *kafka.UnsafeTopicsError
+		if errors.As(err, &unsafe) {
+			return err
+		}
 		if err != nil && ctx.Err() == nil {
 			slog.Warn("the topics cannot be checked", "err", err)
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"slices"
 	"strconv"
 
@@ -16,8 +17,14 @@ import (
 type TopicSpec struct {
 	Name        string
 	Partitions  int32
-	Replication int16
+	Replication int16 // at least; 0, in a check, for whatever is found
 }
+
+// UnsafeTopicsError says what is wrong with topics, a line for every problem.
+type UnsafeTopicsError struct{ problems error }
+
+// Error has a line for every problem.
+func (e *UnsafeTopicsError) Error() string { return e.problems.Error() }
 
 // minInSync is the min.insync.replicas that a topic needs: a record must survive the loss of one broker, where there
 // are enough of them.
@@ -77,8 +84,9 @@ func (c *Client) CreateTopics(ctx context.Context, specs []TopicSpec) error {
 	return nil
 }
 
-// CheckTopics is nil when all the topics are as they must be. Otherwise the error has a line for every problem, which
-// names the topic, the setting, what was found, what is wanted and how to set it right.
+// CheckTopics is nil when all the topics are as they must be. Otherwise the error is an *UnsafeTopicsError with a line
+// for every problem, which names the topic, the setting, what was found, what is wanted and how to set it right; or it
+// says why they cannot be checked.
 func (c *Client) CheckTopics(ctx context.Context, specs []TopicSpec) error {
 	names := make([]string, len(specs))
 	for i, s := range specs {
@@ -119,14 +127,20 @@ func (c *Client) CheckTopics(ctx context.Context, specs []TopicSpec) error {
 	if err != nil {
 		return fmt.Errorf("check the topics: %w", err)
 	}
-	return errors.Join(problems...)
+	if len(problems) > 0 {
+		return &UnsafeTopicsError{errors.Join(problems...)}
+	}
+	return nil
 }
 
 // problems compares what was found with what is wanted.
 func (s TopicSpec) problems(t *sarama.TopicMetadata, config map[string]string) (problems []error) {
-	replicas := int(s.Replication)
+	replicas := math.MaxInt16
 	for _, p := range t.Partitions {
 		replicas = min(replicas, len(p.Replicas))
+	}
+	if s.Replication == 0 {
+		s.Replication = int16(replicas)
 	}
 	problem := func(setting, found, wanted, fix string) {
 		problems = append(problems, fmt.Errorf("topic %s: %s is %s, wanted %s: %s",
