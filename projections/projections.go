@@ -285,14 +285,3 @@ func orderOf(e Event) (uuid.UUID, bool) {
 	id, err := uuid.Parse(e.Stream)
 	return id, err == nil
 }
-
-// listening is the vocabularies as one.
-func listening(vocabularies ...domain.Events) domain.Events {
-	all := domain.Events{}
-	for _, v := range vocabularies {
-		for name, t := range v {
-			all[name] = t
-		}
-	}
-	return all
-}

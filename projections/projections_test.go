@@ -39,7 +39,7 @@ func (w told) tell(topic, stream string, version int64, fact domain.Event) {
 // read model must not rely on it.
 func drawTold(t *rapid.T) told {
 	w := told{}
-	ids := []string{uuid.NewString(), uuid.NewString()}
+	ids := []string{uuid.NewSHA1(uuid.Nil, []byte("one")).String(), uuid.NewSHA1(uuid.Nil, []byte("two")).String()}
 	order := uuid.MustParse(ids[0])
 	money := rapid.Custom(func(t *rapid.T) domain.Money {
 		return domain.Money{Amount: rapid.Int64Range(0, 1000).Draw(t, "amount"), Currency: rapid.SampledFrom([]string{"GBP", "USD"}).Draw(t, "currency")}

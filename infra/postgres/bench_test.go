@@ -11,7 +11,7 @@ func BenchmarkLive(b *testing.B) {
 	s := benchShop()
 	for b.Loop() {
 		pool := openTest(b)
-		e := newEngine(b, pool, s, func(c *Config) { c.Interval = 0 })
+		e := newEngine(b, pool, s)
 		stop := start(b, e)
 		s.caughtUp(b, pool)
 		stop()

@@ -26,7 +26,7 @@ type Config struct {
 
 	// Optional.
 	Models   []projections.Model // projections.All
-	Interval time.Duration       // least time between two transactions of a busy task; 100 ms
+	Interval time.Duration       // least time between two transactions of a busy task; 200 ms
 	Batch    int                 // most events in one transaction; 5,000
 	Grace    time.Duration       // how long a build that was swapped out is kept for the queries on it; 1 minute
 	Poll     time.Duration       // between looks for builds that others have swapped in; 250 ms
@@ -61,7 +61,7 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 		c.Models = projections.All
 	}
 	if c.Interval == 0 {
-		c.Interval = 100 * time.Millisecond
+		c.Interval = 200 * time.Millisecond
 	}
 	if c.Batch == 0 {
 		c.Batch = 5000

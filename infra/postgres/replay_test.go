@@ -25,6 +25,20 @@ func allNames(e *Engine) (list []string) {
 	return list
 }
 
+// inPieces hands out few records at a time.
+type inPieces struct{ journal.Reader }
+
+func (r inPieces) Read(ctx context.Context, p int32, from int64, f func(journal.Batch) error) error {
+	return r.Reader.Read(ctx, p, from, func(b journal.Batch) error {
+		for piece := range slices.Chunk(b.Records, 5) {
+			if err := f(journal.Batch{Records: piece, Next: piece[len(piece)-1].Offset + 1}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
 func TestAReplayComesToTheSameRows(t *testing.T) {
 	for name, bulk := range map[string]limits{
 		"in memory": bulkLimits,
@@ -33,11 +47,15 @@ func TestAReplayComesToTheSameRows(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := newShop()
 			s.stock(100)
-			for i := range 60 {
-				s.order(i, 6)
+			for i := range 200 {
+				s.order(i, 2)
 			}
 			pool := openTest(t)
-			e := newEngine(t, pool, s)
+			e := newEngine(t, pool, s, func(c *Config) {
+				if name == "in pieces" {
+					c.Source = func(topic string) journal.Reader { return inPieces{s.reader(topic)} }
+				}
+			})
 			e.bulk = bulk
 			stop := start(t, e)
 			s.caughtUp(t, pool)
@@ -58,8 +76,8 @@ func TestAReplayComesToTheSameRows(t *testing.T) {
 			start(t, e)
 			s.order(1000, 6)
 			s.caughtUp(t, pool)
-			if n := one[int64](t, pool, "SELECT sum(orders)::bigint FROM wharf_read.sales"); n != 61 {
-				t.Errorf("%d orders were sold, want 61", n)
+			if n := one[int64](t, pool, "SELECT sum(orders)::bigint FROM wharf_read.sales"); n != 201 {
+				t.Errorf("%d orders were sold, want 201", n)
 			}
 			for _, m := range e.Models {
 				live := one[string](t, pool, "SELECT indexes FROM (SELECT string_agg(regexp_replace(indexdef, 'wharf_build_\\d+', ''), ' ' ORDER BY indexdef) AS indexes, schemaname FROM pg_indexes WHERE tablename = $1 GROUP BY schemaname) AS i, wharf.builds b WHERE schemaname = 'wharf_build_' || b.id AND b.state = 'live' AND b.model = $1", m.Name)
@@ -138,6 +156,41 @@ func TestQueriesAndLiveProjectionGoOnDuringReplays(t *testing.T) {
 		return one[int64](t, pool, "SELECT count(*) FROM wharf.builds") == int64(len(e.Models)) &&
 			one[int64](t, pool, "SELECT count(*) FROM pg_namespace WHERE nspname LIKE 'wharf_build_%'") == int64(len(e.Models))
 	})
+}
+
+// shortSighted sees the log's end where it once was.
+type shortSighted struct {
+	journal.Reader
+	ends []int64
+}
+
+func (r shortSighted) End(_ context.Context, p int32) (int64, error) { return r.ends[p], nil }
+
+// However far live projection has got when the builds are swapped, queries do not go back behind it.
+func TestASwapNeverGoesBackBehindLiveProjection(t *testing.T) {
+	s := newShop()
+	s.stock(100)
+	s.order(0, 3)
+	ends := map[string][]int64{}
+	for topic, sequence := range s.seqs {
+		ends[topic] = slices.Clone(sequence)
+	}
+	for i := range 30 {
+		s.order(1+i, 3)
+	}
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	stop := start(t, e)
+	s.caughtUp(t, pool)
+	stop() // or it would make up for what is missing
+	want := dump(t, pool, e.Models)
+	e.Source = func(topic string) journal.Reader { return shortSighted{s.reader(topic), ends[topic]} }
+	if err := e.Replay(context.Background(), allNames(e), func(Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, dump(t, pool, e.Models)); diff != "" {
+		t.Errorf("after the swap (-want +got):\n%s", diff)
+	}
 }
 
 // blocking is a source that holds up its readers until it is let go.
