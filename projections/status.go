@@ -55,7 +55,7 @@ type Status struct {
 	OpenIntents int64         `json:"open_intents" doc:"Requests to the payment provider without an answer."`
 }
 
-// ReadStatus asks the views and Kafka how far everything is. What is behind is never taken for up to date: the ends are
+// ReadStatus asks the views and Kafka how far everything is. What is behind is never taken for up to date: ends are
 // asked for after the positions.
 func ReadStatus(ctx context.Context, db DB, lags Lags) (Status, error) {
 	s := Status{Items: []BuildStatus{}, Policies: []PolicyLag{}}

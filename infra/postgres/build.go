@@ -80,7 +80,8 @@ type querier interface {
 
 // builds lists the builds of all models in that state.
 func builds(ctx context.Context, db querier, state string) ([]build, error) {
-	rows, err := db.Query(ctx, "SELECT id, model, version, partitions, topics, state FROM wharf.builds WHERE state = $1", state)
+	rows, err := db.Query(ctx,
+		"SELECT id, model, version, partitions, topics, state FROM wharf.builds WHERE state = $1", state)
 	if err != nil {
 		return nil, err
 	}
@@ -144,8 +145,8 @@ func finish(ctx context.Context, tx pgx.Tx, m projections.Model, b build) error 
 
 // publish makes the build the live one and points the view at it.
 func publish(ctx context.Context, tx pgx.Tx, m projections.Model, b build) error {
-	_, err := tx.Exec(ctx, "UPDATE wharf.builds SET state = 'retired', retired_at = now() WHERE model = $1 AND state = 'live'",
-		b.model)
+	_, err := tx.Exec(ctx, `UPDATE wharf.builds SET state = 'retired', retired_at = now()
+		WHERE model = $1 AND state = 'live'`, b.model)
 	if err != nil {
 		return err
 	}
@@ -224,7 +225,8 @@ const (
 // finished. A model whose lock somebody holds is left for another time.
 func (e *Engine) sweep(ctx context.Context) error {
 	rows, err := e.pool.Query(ctx, `SELECT id, model FROM wharf.builds
-		WHERE state = 'building' OR state = 'retired' AND retired_at < now() - make_interval(secs => $1)`, e.Grace.Seconds())
+		WHERE state = 'building' OR state = 'retired' AND retired_at < now() - make_interval(secs => $1)`,
+		e.Grace.Seconds())
 	if err != nil {
 		return err
 	}

@@ -316,7 +316,7 @@ func (e *Engine) upgrade(ctx context.Context) {
 				e.mu.Unlock()
 				if b == nil || b.version >= m.Version {
 					if b != nil && b.version > m.Version {
-						e.Logger.Warn("the live build is of a newer definition than this program's, which leaves it alone",
+						e.Logger.Warn("the live build is of a newer definition, and is left alone",
 							"model", m.Name, "live", b.version, "ours", m.Version)
 					}
 					retry = backoff{}

@@ -30,7 +30,8 @@ const (
 )
 
 // Open connects to the database for the engine, as its owner. A database that does not answer is waited for until ctx
-// ends. Commits do not wait for the disk: rows and positions are lost together or not at all.
+// ends. The pool has at least 8 connections; pool_max_conns in the URL asks for more. Commits do not wait for the disk:
+// rows and positions are lost together or not at all.
 func Open(ctx context.Context, url string) (*pgxpool.Pool, error) {
 	return open(ctx, url, "owner", func(c *pgxpool.Config) {
 		c.ConnConfig.RuntimeParams["synchronous_commit"] = "off"

@@ -88,7 +88,7 @@ func (e *Engine) replay(ctx context.Context, m projections.Model, progress func(
 		return err
 	}
 	defer pool.Close()
-	// The connection holds the lock for as long as it lives, and the swap is done on it: who has lost the lock cannot swap.
+	// The connection holds the lock for as long as it lives, and the swap is done on it: who lost the lock cannot swap.
 	conn, err := pool.Acquire(ctx)
 	if err != nil {
 		return err
@@ -158,7 +158,8 @@ func (r *replay) run(ctx context.Context) error {
 		return err
 	}
 	r.tell(PhaseIndexing)
-	if err := pgx.BeginFunc(ctx, r.conn, func(tx pgx.Tx) error { return finish(ctx, tx, r.model, r.build) }); err != nil {
+	err = pgx.BeginFunc(ctx, r.conn, func(tx pgx.Tx) error { return finish(ctx, tx, r.model, r.build) })
+	if err != nil {
 		return err
 	}
 	r.tell(PhaseSwapping)
@@ -174,7 +175,8 @@ func (r *replay) run(ctx context.Context) error {
 		if err == nil {
 			break
 		}
-		if passing := isCode(err, codeLockNotAvailable) || errors.Is(err, errTooSlow); !passing || retry.tries == swapTries {
+		passing := isCode(err, codeLockNotAvailable) || errors.Is(err, errTooSlow)
+		if !passing || retry.tries == swapTries {
 			return fmt.Errorf("swap: %w", err)
 		}
 		if !retry.sleep(ctx) {
@@ -244,7 +246,8 @@ func (r *replay) livePositions(ctx context.Context, tx pgx.Tx) ([][]int64, error
 	for p := range until {
 		until[p] = make([]int64, len(r.model.Topics))
 	}
-	rows, err := tx.Query(ctx, `SELECT t.partition, b.topics, t.offsets FROM wharf.tasks t JOIN wharf.builds b ON b.id = t.build
+	rows, err := tx.Query(ctx, `SELECT t.partition, b.topics, t.offsets
+		FROM wharf.tasks t JOIN wharf.builds b ON b.id = t.build
 		WHERE b.model = $1 AND b.state = 'live' ORDER BY t.partition FOR UPDATE OF t`, r.model.Name)
 	if err != nil {
 		return nil, err

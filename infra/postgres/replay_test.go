@@ -359,7 +359,16 @@ func TestANewVersionIsBuiltBesideTheOldOneAndSwappedIn(t *testing.T) {
 		t.Errorf("%d events in the new version, want %d", n, 3*40)
 	}
 	// The old program, started again, leaves the newer build alone.
-	start(t, newEngine(t, openURL(t, pool.Config().ConnString()), s, with(v1)))
+	old := newEngine(t, openURL(t, pool.Config().ConnString()), s, with(v1))
+	if err := old.look(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	ended, cancel := context.WithCancel(context.Background())
+	cancel()
+	if b := old.current(ended, v1); b != nil {
+		t.Errorf("it would run on build %d of version %d", b.id, b.version)
+	}
+	start(t, old)
 	s.order(40, 1)
 	s.caughtUp(t, pool)
 	if v, n := one[int64](t, pool, version), one[int64](t, pool, "SELECT count(*) FROM wharf.builds WHERE version = 1 AND state <> 'retired'"); v != 2 || n != 0 {

@@ -97,7 +97,7 @@ type limits struct {
 
 const (
 	batchBytes = 8 << 20
-	cachedRows = 1_000
+	cachedRows = 500
 
 	// A position without rows is stored that many times more rarely than one with rows.
 	emptyIntervals = 5

@@ -38,7 +38,7 @@ BEGIN
     WHERE build = b AND partition = p AND offsets = old_offsets AND seqs = old_seqs
       AND EXISTS (SELECT FROM wharf.builds WHERE id = b AND state = in_state);
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'the task of build % in partition % was moved on by somebody else', b, p USING ERRCODE = 'WH001';
+        RAISE EXCEPTION 'the task of build % in partition % is not where its owner thinks', b, p USING ERRCODE = 'WH001';
     END IF;
 END $$;
 -- +goose StatementEnd

@@ -1,0 +1,319 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"wharf/domain"
+	"wharf/domain/orders"
+	"wharf/infra/shop"
+)
+
+// The programs are run as they are: the test's own binary is wharf when this variable says so.
+const asWharf = "WHARF_TEST_RUN"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asWharf) != "" {
+		os.Exit(run(os.Args[1:]))
+	}
+	os.Exit(m.Run())
+}
+
+func command(ctx context.Context, args ...string) *exec.Cmd {
+	c := exec.CommandContext(ctx, os.Args[0], args...)
+	c.Env = append(os.Environ(), asWharf+"=1")
+	c.Cancel = func() error { return c.Process.Signal(syscall.SIGTERM) }
+	return c
+}
+
+// wharf runs a program to its end.
+func wharf(t *testing.T, args ...string) (stdout, stderr string, code int) {
+	t.Helper()
+	var out, errs bytes.Buffer
+	c := command(t.Context(), args...)
+	c.Stdout, c.Stderr = &out, &errs
+	err := c.Run()
+	if c.ProcessState == nil {
+		t.Fatal(err)
+	}
+	return out.String(), errs.String(), c.ProcessState.ExitCode()
+}
+
+func wantCode(t *testing.T, want int, args ...string) (stdout string) {
+	t.Helper()
+	stdout, stderr, code := wharf(t, args...)
+	if code != want {
+		t.Fatalf("wharf %s: exit %d, want %d\n%s", strings.Join(args, " "), code, want, stderr)
+	}
+	return stdout
+}
+
+type demo struct {
+	url string
+	cmd *exec.Cmd
+}
+
+// startDemo returns when the shop is open.
+func startDemo(t *testing.T, dir string, args ...string) *demo {
+	t.Helper()
+	d := &demo{cmd: command(context.Background(), append([]string{"demo", "--addr", "127.0.0.1:0", "--data-dir", dir}, args...)...)}
+	stderr, err := d.cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.stop(t) })
+	lines := bufio.NewScanner(stderr)
+	var log strings.Builder
+	for lines.Scan() {
+		log.WriteString(lines.Text() + "\n")
+		if _, after, ok := strings.Cut(lines.Text(), "The shop is open at "); ok {
+			d.url, _, _ = strings.Cut(after, " ")
+			go func() { _, _ = io.Copy(io.Discard, stderr) }()
+			return d
+		}
+	}
+	t.Fatalf("the shop did not open:\n%s", log.String())
+	return nil
+}
+
+func (d *demo) stop(t *testing.T) {
+	t.Helper()
+	if d.cmd.ProcessState != nil {
+		return
+	}
+	_ = d.cmd.Process.Signal(syscall.SIGTERM)
+	if err := d.cmd.Wait(); err != nil {
+		t.Errorf("the demo does not end in order: %v", err)
+	}
+}
+
+func (d *demo) kill() {
+	_ = d.cmd.Process.Kill()
+	_ = d.cmd.Wait()
+}
+
+func (d *demo) client(t *testing.T) *shop.Client {
+	t.Helper()
+	c, err := shop.New(d.url, 8)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	return c
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func receipt(t *testing.T) func(shop.Receipt, error) shop.Receipt {
+	return func(r shop.Receipt, err error) shop.Receipt { t.Helper(); must(t, err); return r }
+}
+
+// invoices is a file of n invoices of two lines.
+func invoices(t *testing.T, n int) string {
+	var b strings.Builder
+	b.WriteString("InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country\n")
+	for i := range n {
+		fmt.Fprintf(&b, "%d,HOT,a mug,2,2010-12-01 08:26:00,1.00,17850.0,United Kingdom\n", 536365+i)
+		fmt.Fprintf(&b, "%d,COLD %d,a lamp,3,2010-12-01 08:26:00,2.50,,France\n", 536365+i, i%40)
+	}
+	path := filepath.Join(t.TempDir(), "invoices.csv")
+	must(t, os.WriteFile(path, []byte(b.String()), 0o600))
+	return path
+}
+
+// eventually waits for the order to come to the status.
+func eventually(t *testing.T, c *shop.Client, order string, want orders.Status) shop.Order {
+	t.Helper()
+	for {
+		o, err := c.Order(t.Context(), order)
+		if err == nil && o.Status == want {
+			return o
+		}
+		if err != nil && !shop.IsStatus(err, 404) {
+			t.Fatal(err)
+		}
+		if o.Status == orders.StatusRejected || o.Status == orders.StatusExpired {
+			t.Fatalf("the order is %s (%s), want %s", o.Status, o.Reason, want)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+func xts(sku string, quantity, price int64) shop.NewOrder {
+	return shop.NewOrder{Customer: "17850", Lines: []orders.Line{
+		{SKU: sku, Quantity: quantity, UnitPrice: domain.Money{Amount: price, Currency: "XTS"}},
+	}}
+}
+
+func TestTheWholeShop(t *testing.T) {
+	if testing.Short() {
+		t.Skip("runs all programs")
+	}
+	whole, dir := t, t.TempDir()
+	d := startDemo(t, dir, "--order-deadline", "3s")
+	c := d.client(t)
+	ctx := t.Context()
+	const sku = "white hanging/heart .. 85123a"
+	receipt(t)(c.Receive(ctx, "", sku, 100))
+
+	var way string
+	t.Run("an order goes all the way", func(t *testing.T) {
+		id := receipt(t)(c.Place(ctx, "k1", xts(sku, 6, 200))).ID
+		way = id
+		eventually(t, c, id, orders.StatusConfirmed)
+		receipt(t)(c.Dispatch(ctx, "", id, "dhl", "t-1"))
+		receipt(t)(c.Deliver(ctx, "", id))
+		o := eventually(t, c, id, orders.StatusDelivered)
+		if o.Total.Amount != 1200 || o.Shipment.Status != "delivered" {
+			t.Errorf("the order is %+v", o)
+		}
+		for {
+			p, err := c.Payment(ctx, id)
+			must(t, err)
+			if p.Status == "captured" {
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		causes := map[string]bool{}
+		for e, err := range c.History(ctx, id, 0) {
+			must(t, err)
+			causes[e.Type] = e.Cause != ""
+		}
+		want := map[string]bool{
+			"order.placed.v1": false, "stock.reserved.v1": true, "order.item_reserved.v1": true, "order.stock_confirmed.v1": true,
+			"payment.authorization_requested.v1": true, "payment.authorized.v1": true, "order.confirmed.v1": true,
+			"shipment.created.v1": true, "shipment.dispatched.v1": false, "order.shipped.v1": true, "stock.shipped.v1": true,
+			"payment.capture_requested.v1": true, "payment.captured.v1": true, "shipment.delivered.v1": false, "order.delivered.v1": true,
+		}
+		if diff := cmp.Diff(want, causes); diff != "" {
+			t.Error("events, and whether they have a cause:", diff)
+		}
+	})
+
+	t.Run("orders end in every other way", func(t *testing.T) {
+		declined := receipt(t)(c.Place(ctx, "", xts(sku, 1, 101))).ID
+		noStock := receipt(t)(c.Place(ctx, "", xts("never received", 1, 200))).ID
+		late := receipt(t)(c.Place(ctx, "", xts(sku, 1, 112))).ID // the provider answers after the deadline
+		cancelled := receipt(t)(c.Place(ctx, "", xts(sku, 1, 200))).ID
+		eventually(t, c, cancelled, orders.StatusConfirmed)
+		receipt(t)(c.Cancel(ctx, "", cancelled, "changed my mind"))
+		eventually(t, c, cancelled, orders.StatusCancelled)
+		for id, want := range map[string]orders.Status{declined: orders.StatusRejected, noStock: orders.StatusRejected, late: orders.StatusExpired} {
+			for {
+				o, err := c.Order(ctx, id)
+				if err == nil && o.Status == want {
+					break
+				}
+				time.Sleep(10 * time.Millisecond)
+			}
+		}
+	})
+
+	t.Run("killed in the middle of a load, started again, loaded again", func(t *testing.T) {
+		file := invoices(t, 300)
+		loading := command(ctx, "load", "--url", d.url, "--file", file)
+		progress, err := loading.StderrPipe()
+		must(t, err)
+		must(t, loading.Start())
+		lines := bufio.NewScanner(progress)
+		for lines.Scan() && !strings.Contains(lines.Text(), "delivered") {
+		}
+		d.kill()
+		_ = loading.Process.Kill()
+		_ = loading.Wait()
+		d = startDemo(whole, dir, "--order-deadline", "15m")
+
+		// Queries go on, and never miss what was there, while all read models are built anew.
+		c = d.client(t)
+		before, err := c.Order(ctx, way)
+		must(t, err)
+		stop := make(chan struct{})
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				o, err := c.Order(ctx, before.ID)
+				if err != nil || o.Status != before.Status || len(o.Lines) != len(before.Lines) {
+					t.Errorf("during the replay an order is %+v: %v", o, err)
+					return
+				}
+			}
+		})
+		wg.Go(func() {
+			if _, stderr, code := wharf(t, "replay", "--all", "--data-dir", dir); code != 0 {
+				t.Errorf("replay: exit %d\n%s", code, stderr)
+			}
+		})
+		var report struct{ Placed, Delivered int }
+		out := wantCode(t, 0, "load", "--url", d.url, "--file", file, "--json")
+		must(t, json.Unmarshal([]byte(out), &report))
+		close(stop)
+		wg.Wait()
+		if report.Placed != 300 || report.Delivered != 300 {
+			t.Errorf("the load ends with %s", out)
+		}
+		wantCode(t, 0, "audit", "--url", d.url)
+		again := wantCode(t, 0, "load", "--url", d.url, "--file", file, "--json")
+		must(t, json.Unmarshal([]byte(again), &report))
+		wantCode(t, 0, "audit", "--url", d.url)
+		sales := int64(0)
+		for line, err := range c.Sales(ctx) {
+			must(t, err)
+			if line.Revenue.Currency == "GBP" {
+				sales += line.Revenue.Amount
+			}
+		}
+		if sales != 300*(2*100+3*250) {
+			t.Errorf("sales are %d", sales)
+		}
+	})
+
+	t.Run("programs in a second terminal", func(t *testing.T) {
+		if out := wantCode(t, 0, "projections", "--data-dir", dir, "--json"); !strings.Contains(out, `"items":[{`) {
+			t.Errorf("projections print %s", out)
+		}
+		wantCode(t, 0, "topics", "--data-dir", dir, "--check-only")
+		wantCode(t, 1, "topics", "--data-dir", dir, "--check-only", "--partitions", "7")
+		wantCode(t, 1, "demo", "--data-dir", dir, "--addr", "127.0.0.1:0")
+		wantCode(t, 0, "health", "--addr", strings.TrimPrefix(d.url, "http://"))
+		wantCode(t, 1, "projections", "--data-dir", t.TempDir())
+	})
+}
+
+func TestUsageErrorsExitWith2(t *testing.T) {
+	for _, args := range [][]string{
+		{}, {"nothing"}, {"demo", "--nothing"}, {"demo", "--partitions", "0"}, {"orders"}, {"replay"}, {"replay", "--all", "orders"},
+		{"load", "--concurrency", "0"}, {"load", "--file", "/nothing"}, {"demo", "--order-deadline", "0s"}, {"audit", "--wait", "-1s"},
+	} {
+		wantCode(t, 2, args...)
+	}
+	wantCode(t, 0, "--help")
+	wantCode(t, 0, "demo", "--help")
+}
