@@ -133,7 +133,8 @@ func registerHistory(api huma.API, db DB) {
 		Summary:     "Every event of an order in all services",
 		Description: "By time, then position: causes come before their effects.", Tags: []string{"orders"},
 	}, func(ctx context.Context, in *historyList) (*List[HistoryEntry], error) {
-		q := newQuery("SELECT id, type, service, time, version, topic, partition, seq, cause, data FROM wharf_read.history")
+		q := newQuery(`SELECT id, type, service, time, version, topic, partition, seq, cause, data
+			FROM wharf_read.history`)
 		q.where("order_id = ?", in.ID.UUID())
 		out, err := list(ctx, db, in.Page, q, keyset[HistoryEntry, historyCursor]{
 			scan: scanHistory,

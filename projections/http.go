@@ -105,7 +105,8 @@ func list[T, C any](ctx context.Context, db DB, p Page, q *query, k keyset[T, C]
 	found, err := db.Query(ctx, q.text(k.order, limit+1), q.args...)
 	var items []T
 	if err == nil {
-		items, err = pgx.AppendRows(make([]T, 0, limit+1), found, func(r pgx.CollectableRow) (T, error) { return k.scan(r) })
+		scan := func(r pgx.CollectableRow) (T, error) { return k.scan(r) }
+		items, err = pgx.AppendRows(make([]T, 0, limit+1), found, scan)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("list %T: %w", items, err)
@@ -166,7 +167,8 @@ func (q *query) text(order string, limit int) string {
 }
 
 func invalid(location, message string) error {
-	return huma.Error422UnprocessableEntity("validation failed", &huma.ErrorDetail{Location: location, Message: message})
+	detail := &huma.ErrorDetail{Location: location, Message: message}
+	return huma.Error422UnprocessableEntity("validation failed", detail)
 }
 
 // OrderID is an order's id in a path: a UUID in any letter case.

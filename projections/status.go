@@ -63,8 +63,8 @@ func ReadStatus(ctx context.Context, db DB, lags Lags) (Status, error) {
 	if err != nil {
 		return s, fmt.Errorf("read the builds: %w", err)
 	}
-	err = db.QueryRow(ctx, "SELECT coalesce(sum(open_intents), 0)::bigint FROM wharf_read.payments").Scan(&s.OpenIntents)
-	if err != nil {
+	row := db.QueryRow(ctx, "SELECT coalesce(sum(open_intents), 0)::bigint FROM wharf_read.payments")
+	if err := row.Scan(&s.OpenIntents); err != nil {
 		return s, fmt.Errorf("count the open intents: %w", err)
 	}
 	var ends map[string]map[int32]int64
@@ -111,7 +111,8 @@ func (s *Status) readBuilds(ctx context.Context, db DB) (behind []func(map[strin
 		var topics []string
 		var partition int32
 		var offsets, seqs []int64
-		err := rows.Scan(&b.Build, &b.Name, &b.Version, &b.State, &topics, &partition, &offsets, &seqs, &b.Skipped, &b.Error)
+		err := rows.Scan(&b.Build, &b.Name, &b.Version, &b.State, &topics, &partition, &offsets, &seqs,
+			&b.Skipped, &b.Error)
 		if err != nil {
 			return nil, err
 		}

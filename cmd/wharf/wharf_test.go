@@ -233,6 +233,8 @@ func TestTheWholeShop(t *testing.T) {
 	})
 
 	t.Run("killed in the middle of a load, started again, loaded again", func(t *testing.T) {
+		d.stop(t)
+		d = startDemo(whole, dir) // with time enough for every order
 		file := invoices(t, 300)
 		loading := command(ctx, "load", "--url", d.url, "--file", file)
 		progress, err := loading.StderrPipe()
@@ -244,7 +246,7 @@ func TestTheWholeShop(t *testing.T) {
 		d.kill()
 		_ = loading.Process.Kill()
 		_ = loading.Wait()
-		d = startDemo(whole, dir, "--order-deadline", "15m")
+		d = startDemo(whole, dir)
 
 		// Queries go on, and never miss what was there, while all read models are built anew.
 		c = d.client(t)

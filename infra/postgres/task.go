@@ -74,8 +74,8 @@ func (e *Engine) load(
 		return nil, haltf("the build was made from the topics %v, and version %d of %s is made from %v: "+
 			"its version must be raised", b.topics, m.Version, m.Name, m.Topics)
 	}
-	err := pool.QueryRow(ctx, "SELECT offsets, seqs FROM wharf.tasks WHERE build = $1 AND partition = $2", b.id, partition).
-		Scan(&t.stored.offsets, &t.stored.seqs)
+	row := pool.QueryRow(ctx, "SELECT offsets, seqs FROM wharf.tasks WHERE build = $1 AND partition = $2", b.id, partition)
+	err := row.Scan(&t.stored.offsets, &t.stored.seqs)
 	if err != nil {
 		return nil, fmt.Errorf("find the position of %s in partition %d: %w", m.Name, partition, err)
 	}
@@ -413,7 +413,8 @@ func (t *task) flush(ctx context.Context) error {
 			if err := tx.SendBatch(ctx, batch).Close(); err != nil {
 				return err
 			}
-			_, err := tx.CopyFrom(ctx, pgx.Identifier{t.build.schema(), t.build.model}, names(t.model), pgx.CopyFromRows(fresh))
+			table := pgx.Identifier{t.build.schema(), t.build.model}
+			_, err := tx.CopyFrom(ctx, table, names(t.model), pgx.CopyFromRows(fresh))
 			return err
 		})
 	}
@@ -431,7 +432,8 @@ func (t *task) flush(ctx context.Context) error {
 }
 
 func (t *task) upsert() string {
-	sql := "INSERT INTO " + t.build.table() + " (" + columnNames(t.model.Columns) + ") SELECT * FROM " + unnest(t.model.Columns)
+	sql := "INSERT INTO " + t.build.table() + " (" + columnNames(t.model.Columns) + ") SELECT * FROM " +
+		unnest(t.model.Columns)
 	if t.model.Append {
 		return sql
 	}
