@@ -49,10 +49,11 @@ const (
 	cleanUpWithin = 10 * time.Second
 )
 
-// Replay builds the named read models anew, one after the other, beside the live builds and swaps each in when it is
-// where the live one is; queries and live projection go on, and never see less than before. When it fails or is
-// killed, the live build stays as it is. It needs no Run, and no Setup beyond the one that made the live builds. Tell progress
-// may be called by several goroutines, but by one at a time. The error is ErrReplaying when somebody else is at it.
+// Replay builds the named read models anew, one after the other, beside the live builds, and swaps each in when it is
+// where the live one is. Queries and live projection go on, and never see less than before. When it fails or is killed,
+// the live build stays as it is, and those that were swapped in before stay too. It needs no Run, and no Setup beyond
+// the one that made the live builds. progress is called by one goroutine at a time, though not always the same, and has
+// to be quick. The error is ErrReplaying when somebody else is building the read model.
 func (e *Engine) Replay(ctx context.Context, names []string, progress func(Progress)) error {
 	var models []projections.Model
 	for _, name := range names {
