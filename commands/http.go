@@ -98,7 +98,7 @@ type OrderID string
 func (id *OrderID) Resolve(_ huma.Context, path *huma.PathBuffer) []error {
 	u, err := uuid.Parse(string(*id))
 	if err != nil || len(*id) != len(u.String()) {
-		return []error{&huma.ErrorDetail{Location: "path." + path.String(), Message: "expected a UUID"}}
+		return []error{&huma.ErrorDetail{Location: path.String(), Message: "expected a UUID"}}
 	}
 	*id = OrderID(u.String())
 	return nil

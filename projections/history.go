@@ -99,7 +99,7 @@ type HistoryEntry struct {
 	Time     time.Time       `json:"time"`
 	Version  int64           `json:"version" doc:"Of its stream, after it."`
 	Position string          `json:"position" doc:"Its place in the public log: topic/partition/count." example:"orders.events/3/17"`
-	Cause    string          `json:"cause,omitempty" doc:"The position of the event that it was made for; missing when an HTTP command or a deadline made it."`
+	Cause    string          `json:"cause" doc:"The position of the event that it was made for; empty when an HTTP command or a deadline made it."`
 	Data     json.RawMessage `json:"data,omitempty" doc:"As recorded. Missing when it cannot be read."`
 
 	position domain.Position

@@ -91,11 +91,11 @@ type Order struct {
 	ID        uuid.UUID     `json:"id" format:"uuid"`
 	Customer  string        `json:"customer"`
 	Status    orders.Status `json:"status" enum:"placed,stock_confirmed,confirmed,cancelling,shipped,delivered,rejected,cancelled,expired"`
-	Reason    string        `json:"reason,omitempty" doc:"Of a cancellation that is asked for, or of an ending without delivery."`
+	Reason    string        `json:"reason" doc:"Of a cancellation that is asked for, or of an ending without delivery; else empty."`
 	Lines     []orders.Line `json:"lines,omitempty"`
 	Total     domain.Money  `json:"total"`
-	Payment   *Part         `json:"payment,omitempty" doc:"Missing until one is asked for."`
-	Shipment  *Part         `json:"shipment,omitempty" doc:"Missing until there is one."`
+	Payment   Part          `json:"payment" doc:"Its status is empty until one is asked for."`
+	Shipment  Part          `json:"shipment" doc:"Its status is empty until there is one."`
 	Version   int64         `json:"version"`
 	PlacedAt  time.Time     `json:"placed_at"`
 	UpdatedAt time.Time     `json:"updated_at"`
@@ -111,16 +111,9 @@ const orderColumns = `id, customer, status, reason, total, currency, payment->>'
 	shipment_status, shipment_version, version, placed_at, updated_at`
 
 func scanOrder(row pgx.Row, more ...any) (o Order, err error) {
-	var payment, shipment Part
 	err = row.Scan(append([]any{&o.ID, &o.Customer, &o.Status, &o.Reason, &o.Total.Amount, &o.Total.Currency,
-		&payment.Status, &payment.Version, &shipment.Status, &shipment.Version, &o.Version, &o.PlacedAt, &o.UpdatedAt},
+		&o.Payment.Status, &o.Payment.Version, &o.Shipment.Status, &o.Shipment.Version, &o.Version, &o.PlacedAt, &o.UpdatedAt},
 		more...)...)
-	if payment.Version > 0 {
-		o.Payment = &payment
-	}
-	if shipment.Version > 0 {
-		o.Shipment = &shipment
-	}
 	o.PlacedAt, o.UpdatedAt = o.PlacedAt.UTC(), o.UpdatedAt.UTC()
 	return o, err
 }

@@ -41,12 +41,12 @@ type shipmentRow struct {
 	Version  int64           `db:"version bigint"`
 }
 
-// Shipment is a shipment as the API shows it. Carrier and tracking are missing until it is dispatched.
+// Shipment is a shipment as the API shows it.
 type Shipment struct {
 	Order    uuid.UUID       `json:"order" format:"uuid"`
 	Status   shipping.Status `json:"status" enum:"created,dispatched,delivered,cancelled"`
-	Carrier  string          `json:"carrier,omitempty"`
-	Tracking string          `json:"tracking,omitempty"`
+	Carrier  string          `json:"carrier" doc:"Empty until it is dispatched."`
+	Tracking string          `json:"tracking" doc:"Empty until it is dispatched."`
 	Version  int64           `json:"version"`
 }
 

@@ -101,6 +101,7 @@ func TestNothingIsLostOrDoubledWhateverIsCutOff(t *testing.T) {
 		default:
 		}
 	}
+	pool.Reset() // its connections have been cut, too
 	start(t, newEngine(t, pool, s))
 	s.caughtUp(t, pool)
 

@@ -5,6 +5,7 @@ package web
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"unicode/utf8"
@@ -61,7 +62,7 @@ func unmarshal(data []byte, v any) error {
 	case err == nil:
 		return nil
 	case errors.As(err, &wrong):
-		return &huma.ErrorDetail{Location: "body." + wrong.Field, Message: "expected a whole number or text of the documented type"}
+		return fmt.Errorf("%s: expected a value as documented, a whole number without fraction or exponent", wrong.Field)
 	case errors.As(err, &syntax):
 		return errors.New("expected JSON")
 	}

@@ -103,7 +103,7 @@ func TestBadInputGetsAProblemThatNamesTheField(t *testing.T) {
 		"price negative":      {"/orders", line(`:255`, `:-1`), 422, "body.lines[0].unit_price.amount"},
 		"price 0":             {"/orders", line(`:255`, `:0`), 422, "body.lines[0].unit_price.amount"},
 		"price 2.55":          {"/orders", line(`:255`, `:2.55`), 422, "body.lines[0].unit_price.amount"},
-		"price 2.0":           {"/orders", line(`:255`, `:2.0`), 422, "amount"},
+		"price 2.0":           {"/orders", line(`:255`, `:2.0`), 422, "body lines.unit_price.amount"},
 		"price beyond int64":  {"/orders", line(`:255`, `:9223372036854775808`), 422, "body.lines[0].unit_price.amount"},
 		"price beyond float":  {"/orders", line(`:255`, `:1e999`), 400, ""},
 		"sum too large":       {"/orders", order(strings.NewReplacer(`:255`, `:9007199254740991`, ":6", ":1000000").Replace(goodLine)), 422, "body.lines[0].unit_price.amount"},
@@ -136,7 +136,7 @@ func TestBadInputGetsAProblemThatNamesTheField(t *testing.T) {
 				!strings.HasPrefix(p.Type, "urn:wharf:problem:") || p.Title == "" {
 				t.Fatalf("status %d, want %d: %s", status, c.status, body)
 			}
-			if !strings.Contains(fmt.Sprint(p.Errors), c.field) {
+			if !strings.Contains(fmt.Sprint(p.Errors), "{"+c.field) && (c.field != "" || len(p.Errors) > 1) {
 				t.Errorf("%q is not named: %s", c.field, body)
 			}
 			for _, echoed := range []string{"hunter2", "9223372036854775808", "1e999"} {
