@@ -29,8 +29,9 @@ type Command struct {
 	Stream  string // the entity's id
 	Key     string // Idempotency-Key, or empty
 	Request string // all that was asked, in one canonical form: what a key stands for
-	IfMatch int64  // the version that the stream must have, or AnyVersion
+	IfMatch int64  // the version that the stream must have (0: it must not exist), AnyVersion or Existing
 	Trace   string // W3C traceparent, or empty
+	Note    *int   // where the decision leaves a word for the answer; it is in the Receipt, of retries too
 
 	// Cause is the event that the command is made for, zero for a request from outside. With a Group, the stream
 	// remembers the highest Cause.Seq per group and partition, and a command at or below it is a repetition.
@@ -38,14 +39,18 @@ type Command struct {
 	Group string
 }
 
-// AnyVersion is the Command.IfMatch that matches every version.
-const AnyVersion = -1
+// AnyVersion is the Command.IfMatch that matches every stream, Existing the one that matches every stream that exists.
+const (
+	AnyVersion = -1
+	Existing   = -2
+)
 
 // Receipt is the answer to an accepted command.
 type Receipt struct {
 	Stream   string
 	Version  int64           // of the stream after the command
 	Position domain.Position // at which everything the command did, or found done, is public
+	Note     int             // what the decision left at Command.Note
 }
 
 // Journal is the write side of one service: it appends what decisions yield, atomically and in order, or finds out

@@ -3,8 +3,8 @@ package commands
 import (
 	"context"
 	"encoding/json"
+	"regexp"
 	"strconv"
-	"strings"
 
 	"github.com/danielgtaylor/huma/v2"
 	"github.com/google/uuid"
@@ -19,21 +19,30 @@ type Conditions struct {
 	version int64
 }
 
-// Resolve reads If-Match: a version in quotes, or the ETag of a query, of which only the version counts.
-func (c *Conditions) Resolve(huma.Context) []error {
+// entityTag is a version in quotes, or the ETag of a query, of which only the version counts.
+var entityTag = regexp.MustCompile(`^"(0|[1-9][0-9]{0,17})(\.[0-9a-f]+)?"$`)
+
+// Resolve reads If-Match. A condition that cannot be read must not be taken for none, and so for the key.
+func (c *Conditions) Resolve(ctx huma.Context) (errs []error) {
+	lines := map[string]int{}
+	ctx.EachHeader(func(name, value string) {
+		lines[name]++
+		if value == "" && (name == "If-Match" || name == "Idempotency-Key") || lines[name] == 2 && name == "Idempotency-Key" {
+			errs = append(errs, &huma.ErrorDetail{Location: "header." + name, Message: "expected one value that is not empty"})
+		}
+	})
 	c.version = AnyVersion
-	if c.IfMatch == "" || c.IfMatch == "*" {
-		return nil
+	tag := entityTag.FindStringSubmatch(c.IfMatch)
+	switch {
+	case lines["If-Match"] == 0:
+	case c.IfMatch == "*" && lines["If-Match"] == 1:
+		c.version = Existing
+	case tag == nil || lines["If-Match"] > 1:
+		errs = append(errs, &huma.ErrorDetail{Location: "header.If-Match", Message: `expected one entity tag such as "3"`})
+	default:
+		c.version, _ = strconv.ParseInt(tag[1], 10, 64)
 	}
-	tag, ok := strings.CutPrefix(c.IfMatch, `"`)
-	tag, ok2 := strings.CutSuffix(tag, `"`)
-	number, _, _ := strings.Cut(tag, ".")
-	v, err := strconv.ParseInt(number, 10, 64)
-	if !ok || !ok2 || err != nil || v < 0 {
-		return []error{&huma.ErrorDetail{Location: "header.If-Match", Message: `expected one entity tag such as "3"`}}
-	}
-	c.version = v
-	return nil
+	return errs
 }
 
 // Command is the command to a stream that these headers and the request make. What was asked is the name of the
@@ -46,8 +55,8 @@ func (c *Conditions) Command(ctx context.Context, stream, name string, parameter
 	return Command{Stream: stream, Key: c.IdempotencyKey, Request: string(asked), IfMatch: c.version, Trace: traceOf(ctx)}, nil
 }
 
-// NewID is the id of what the command creates: made from the key and the entity it belongs to, so that a retry meets
-// the same one, or a random one if there is no key.
+// NewID is the id of the entity that the command creates: made from the key, so that a retry meets the same stream, or
+// a random one if there is no key.
 func (c *Conditions) NewID(kind string) uuid.UUID {
 	if c.IdempotencyKey == "" {
 		return uuid.New()
@@ -104,7 +113,12 @@ func (id *OrderID) Resolve(_ huma.Context, path *huma.PathBuffer) []error {
 	return nil
 }
 
+// uuidPattern rather than the format "uuid", whose error would repeat part of the value.
+const uuidPattern = "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"
+
 // Schema implements huma's documentation.
 func (OrderID) Schema(huma.Registry) *huma.Schema {
-	return &huma.Schema{Type: huma.TypeString, Format: "uuid"}
+	s := &huma.Schema{Type: huma.TypeString, Pattern: uuidPattern, PatternDescription: "a UUID"}
+	s.PrecomputeMessages()
+	return s
 }

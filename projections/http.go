@@ -185,7 +185,11 @@ func (id *OrderID) Resolve(_ huma.Context, path *huma.PathBuffer) []error {
 
 // Schema implements huma's documentation.
 func (OrderID) Schema(huma.Registry) *huma.Schema {
-	return &huma.Schema{Type: huma.TypeString, Format: "uuid"}
+	// A pattern rather than the format "uuid", whose error would repeat part of the value.
+	s := &huma.Schema{Type: huma.TypeString, PatternDescription: "a UUID",
+		Pattern: "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"}
+	s.PrecomputeMessages()
+	return s
 }
 
 // UUID is the id that Resolve has checked.

@@ -192,12 +192,9 @@ func (s *service[S]) run(ctx context.Context) error {
 	return group.Wait()
 }
 
-func (s *service[S]) ready() error {
-	if err := s.journal.Ready(); err != nil {
-		return err
-	}
-	return s.policies.Halted()
-}
+// ready does not mind a partition that has halted, of the journal or of a source: that is told by logs and metrics, and
+// must not close the others.
+func (s *service[S]) ready() error { return s.journal.Ready() }
 
 // checkNowAndThen ends with an error when somebody has made the topics unsafe.
 func checkNowAndThen(ctx context.Context, client *kafka.Client, specs []kafka.TopicSpec) error {

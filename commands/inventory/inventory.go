@@ -21,7 +21,7 @@ type Service struct {
 
 // SKU is the path parameter of every command here.
 type SKU struct {
-	SKU string `path:"sku" minLength:"1" maxLength:"64" pattern:"^[^\\p{Cc}]*$" patternDescription:"free of control characters"`
+	SKU string `path:"sku" minLength:"1" maxLength:"64" pattern:"^[^\\x00-\\x1f\\x7f-\\x9f]*$" patternDescription:"free of control characters"`
 }
 
 // Resolve refuses bytes that are no text: JSON could not carry them.
@@ -48,7 +48,7 @@ type adjust struct {
 
 type adjustment struct {
 	Delta  int64  `json:"delta" minimum:"-1000000000" maximum:"1000000000" doc:"Units, not 0."`
-	Reason string `json:"reason" minLength:"1" maxLength:"200" pattern:"^[^\\p{Cc}]*$" patternDescription:"free of control characters"`
+	Reason string `json:"reason" minLength:"1" maxLength:"200" pattern:"^[^\\x00-\\x1f\\x7f-\\x9f]*$" patternDescription:"free of control characters"`
 }
 
 // Resolve refuses a correction that corrects nothing.

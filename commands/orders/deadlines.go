@@ -3,6 +3,7 @@ package orders
 import (
 	"container/heap"
 	"context"
+	"errors"
 	"log/slog"
 	"math/rand/v2"
 	"sync"
@@ -14,7 +15,8 @@ import (
 )
 
 // Deadlines expires the orders of one partition that were not confirmed in time, until ctx ends. The owner of the
-// partition runs it, after its policies have caught up: an order must not expire while its confirmation lies unread.
+// partition runs it, after its policies have caught up: an order must not expire while the payment that confirms it
+// lies unread. (Stock events lie in other partitions, perhaps another replica's, so of those it may.)
 func (s Service) Deadlines(ctx context.Context, partition int32) {
 	d := &deadlines{due: map[string]time.Time{}, changed: make(chan struct{}, 1)}
 	var wg sync.WaitGroup
@@ -41,18 +43,19 @@ func (s Service) Deadlines(ctx context.Context, partition int32) {
 			continue
 		}
 		d.drop(stream)
-		wg.Go(func() { s.expire(ctx, stream) })
+		wg.Go(func() { s.expire(ctx, stream, next) })
 	}
 }
 
-// expire tries until it is certain that the order has ended or been confirmed.
-func (s Service) expire(ctx context.Context, stream string) {
+// expire tries until it is certain that the order has ended or been confirmed. It is due, even if the clock has been
+// set back since.
+func (s Service) expire(ctx context.Context, stream string, due time.Time) {
 	for delay := 100 * time.Millisecond; ctx.Err() == nil; delay = min(2*delay, 10*time.Second) {
 		try, cancel := context.WithTimeout(ctx, 30*time.Second)
 		_, err := s.Journal.Handle(try, commands.Command{Stream: stream, IfMatch: commands.AnyVersion},
-			func(o orders.Order) ([]domain.Event, error) { return o.DecideExpire(s.Now()) })
+			func(o orders.Order) ([]domain.Event, error) { return o.DecideExpire(due) })
 		cancel()
-		if err == nil {
+		if err == nil || errors.Is(err, commands.ErrQuarantined) {
 			return
 		}
 		if ctx.Err() == nil {

@@ -2,6 +2,7 @@ package payments
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"math/rand/v2"
 	"slices"
@@ -76,7 +77,7 @@ func (s Service) pursue(ctx context.Context, order string, i payments.Intent, at
 			_, err = s.Journal.Handle(ctx, commands.Command{Stream: order, IfMatch: commands.AnyVersion, Cause: at},
 				func(p payments.Payment) ([]domain.Event, error) { return p.DecideSettle(i, answer) })
 		}
-		if err == nil || ctx.Err() != nil {
+		if err == nil || ctx.Err() != nil || errors.Is(err, commands.ErrQuarantined) {
 			return
 		}
 		slog.Warn("a payment intent stays open, trying again", "order", order, "intent", i.Kind, "err", err)

@@ -22,8 +22,8 @@ type dispatch struct {
 	Order commands.OrderID `path:"order"`
 	commands.Conditions
 	Body struct {
-		Carrier  string `json:"carrier" minLength:"1" maxLength:"200" pattern:"^[^\\p{Cc}]*$" patternDescription:"free of control characters"`
-		Tracking string `json:"tracking" minLength:"1" maxLength:"200" pattern:"^[^\\p{Cc}]*$" patternDescription:"free of control characters"`
+		Carrier  string `json:"carrier" minLength:"1" maxLength:"200" pattern:"^[^\\x00-\\x1f\\x7f-\\x9f]*$" patternDescription:"free of control characters"`
+		Tracking string `json:"tracking" minLength:"1" maxLength:"200" pattern:"^[^\\x00-\\x1f\\x7f-\\x9f]*$" patternDescription:"free of control characters"`
 	}
 }
 

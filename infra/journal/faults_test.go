@@ -107,7 +107,6 @@ func TestNoFaultOfTheLogLosesOrDoublesACommand(t *testing.T) {
 		wg.Wait()
 		events := s.Published("a", calls)
 		r, err := a.Handle(t.Context(), journaltest.To("a"), journaltest.Exist)
-		// A key is remembered for the last 16 others only; none of these comes again after it was answered.
 		if err != nil || r.Version != calls || len(events) != calls {
 			rt.Fatalf("version %d, want %d: %v", r.Version, calls, err)
 		}
@@ -327,7 +326,7 @@ func TestANewerFormatHaltsThePartitionUntilAnOperatorHasItSkipped(t *testing.T) 
 	if _, err := j.Handle(ctx, journaltest.To("a"), journaltest.Exist); !errors.Is(err, commands.ErrNotReady) || ctx.Err() != nil {
 		t.Fatal("a command to a partition that must halt:", err)
 	}
-	if err := j.Ready(); err == nil || !strings.Contains(err.Error(), fmt.Sprint("/", at, " ")) {
+	if err := j.Halted(); err == nil || !strings.Contains(err.Error(), fmt.Sprint("/", at, " ")) {
 		t.Fatal("it does not say where it has halted:", err)
 	}
 	// Other partitions go on.
@@ -340,7 +339,7 @@ func TestANewerFormatHaltsThePartitionUntilAnOperatorHasItSkipped(t *testing.T) 
 		}
 	}
 	put(t, log, journal.NewSkipRecord(newer.Partition, at+1)) // of another offset: heeded by nobody
-	for fresh := s.Replica(); fresh.Ready() == nil || !strings.Contains(fresh.Ready().Error(), fmt.Sprint("/", at, " ")); {
+	for fresh := s.Replica(); fresh.Halted() == nil || !strings.Contains(fresh.Halted().Error(), fmt.Sprint("/", at, " ")); {
 		if _, err := fresh.Handle(t.Context(), journaltest.To("a"), journaltest.Exist); err == nil {
 			t.Fatal("the record is skipped without a word")
 		}

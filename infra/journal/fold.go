@@ -26,6 +26,15 @@ var quarantinedTotal = promauto.NewCounterVec(prometheus.CounterOpts{
 	Help: "Accepted commits that could not be read. Each quarantines its stream.",
 }, []string{"service"})
 
+var haltedPartitions = promauto.NewGaugeVec(prometheus.GaugeOpts{
+	Name: "wharf_journal_halted",
+	Help: "1 while a partition of the journal has halted on a record of a newer format.",
+}, []string{"service", "partition"})
+
+func (p *partition[S]) haltedGauge(halted float64) {
+	haltedPartitions.WithLabelValues(p.Service, strconv.Itoa(int(p.number))).Set(halted)
+}
+
 // String is the verdict's name in metrics and logs.
 func (v Verdict) String() string {
 	return [...]string{"accepted", "rejected", "impossible", "foreign", "malformed", "misplaced", "too_new"}[v]
@@ -106,11 +115,13 @@ func (p *partition[S]) fold(b Batch) error {
 			}
 			p.Logger.Warn("an operator had a record skipped", "partition", p.number, "offset", p.next)
 			p.skips[p.next], p.halted = true, nil
+			p.haltedGauge(0)
 			return errSkipped
 		}
 		if err := p.foldRecord(r); err != nil {
 			// Reading goes on, to find the operator's word, but the fetch position stays in front of the record.
 			p.next, p.halted = r.Offset, err
+			p.haltedGauge(1)
 			p.Logger.Error("halted: the journal was written by a newer program", "err", err)
 			p.failAll(fmt.Errorf("%w: %w", commands.ErrNotReady, err))
 		}
@@ -160,7 +171,8 @@ func (p *partition[S]) foldRecord(r Record) error {
 	if len(p.marks) == 0 || r.Offset-p.marks[len(p.marks)-1].offset >= marksEvery {
 		p.marks = append(p.marks, mark{r.Offset, p.seq})
 	}
-	if err := s.accept(name, c, r.Value, p.seq, p.position, p.Events); err != nil {
+	told, err := s.accept(name, c, r.Value, p.seq, p.position, p.Events)
+	if err != nil {
 		quarantinedTotal.WithLabelValues(p.Service).Inc()
 		p.Logger.Error("a stream is quarantined: its commit cannot be read", "partition", p.number,
 			"offset", r.Offset, "stream", name, "err", err)
@@ -170,6 +182,7 @@ func (p *partition[S]) foldRecord(r Record) error {
 	for w := range p.watchers {
 		w.changed(name)
 	}
+	p.tell(name, c, told)
 	p.resolve(name, c, before)
 	return nil
 }
@@ -209,6 +222,13 @@ func (p *partition[S]) awaitPast(ctx context.Context, offset int64) error {
 			return ctx.Err()
 		}
 	}
+}
+
+// past says whether everything before the offset is folded.
+func (p *partition[S]) past(offset int64) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.next >= offset
 }
 
 // accepted says whether the record at a folded offset was accepted.

@@ -3,6 +3,7 @@ package journal
 import (
 	"crypto/sha256"
 	"errors"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -18,7 +19,8 @@ import (
 //	message Frame   { repeated Event events = 1; repeated Outcome outcomes = 2; }
 //	message Event   { bytes id = 1; string name = 2; fixed64 unix_nanos = 3; bytes data = 4;
 //	                  string cause_topic = 5; uint32 cause_partition = 6; uint64 cause_seq = 7; string cause_group = 8; }
-//	message Outcome { bytes key = 1; bytes request = 2; uint32 events = 3; string code = 4; string detail = 5; }
+//	message Outcome { bytes key = 1; bytes request = 2; uint32 events = 3; string code = 4; string detail = 5;
+//	                  uint32 note = 6; }
 type frame struct {
 	events   []frameEvent
 	outcomes []outcome
@@ -37,6 +39,7 @@ type frameEvent struct {
 type outcome struct {
 	key, request digest
 	events       int // of the commit, up to and including this command's
+	note         int
 	refusal      *domain.Refusal
 }
 
@@ -78,6 +81,9 @@ func (f *frame) encode() []byte {
 		if o.refusal != nil {
 			m = appendBytes(m, 4, o.refusal.Code)
 			m = appendBytes(m, 5, o.refusal.Detail)
+		}
+		if o.note > 0 {
+			m = appendVarint(m, 6, uint64(o.note))
 		}
 		b = appendBytes(b, 2, m)
 	}
@@ -132,7 +138,7 @@ func decodeEvent(value []byte) (e frameEvent, ok bool) {
 		}
 		return true
 	})
-	return e, ok && e.id != uuid.Nil && e.name != ""
+	return e, ok && e.id != uuid.Nil && e.name != "" && !strings.Contains(e.cause.Topic, "/")
 }
 
 func decodeOutcome(value []byte) (o outcome, ok bool) {
@@ -150,6 +156,9 @@ func decodeOutcome(value []byte) (o outcome, ok bool) {
 			code = string(v)
 		case 5:
 			detail = string(v)
+		case 6:
+			o.note = int(i)
+			return i <= maxInt32
 		default:
 			return false
 		}

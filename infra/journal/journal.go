@@ -89,16 +89,13 @@ func (j *Journal[S]) Run(ctx context.Context) error {
 	return group.Wait()
 }
 
-// Ready is nil when every partition has been read up to what was its end when Run began, and none has halted;
-// otherwise it says what is missing.
+// Ready is nil when every partition has been read up to what was its end when Run began; otherwise it says what is
+// missing. A partition that has halted is no reason to turn the others' commands away: see Halted.
 func (j *Journal[S]) Ready() error {
 	behind := 0
 	for _, p := range j.partitions {
 		ready, halted := p.state()
-		switch {
-		case halted != nil:
-			return halted
-		case !ready:
+		if !ready && halted == nil {
 			behind++
 		}
 	}
@@ -106,6 +103,18 @@ func (j *Journal[S]) Ready() error {
 		return fmt.Errorf("reading the journal of %s: %d of %d partitions are behind", j.Service, behind, j.Partitions)
 	}
 	return nil
+}
+
+// Halted is nil, or says on which records partitions have halted, because a newer program wrote them. Their commands
+// get ErrNotReady.
+func (j *Journal[S]) Halted() error {
+	var all []error
+	for _, p := range j.partitions {
+		if _, halted := p.state(); halted != nil {
+			all = append(all, halted)
+		}
+	}
+	return errors.Join(all...)
 }
 
 func (j *Journal[S]) partition(stream string) *partition[S] {

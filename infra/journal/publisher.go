@@ -25,7 +25,11 @@ const (
 // contradict, and consumers skip repetitions by the events' count. So that nothing is ever left out, one atomic batch
 // is on its way at a time, and after any error the publisher goes back to the tail of what the log really holds.
 func (j *Journal[S]) Publish(ctx context.Context, partition int32) {
-	<-j.started
+	select {
+	case <-j.started:
+	case <-ctx.Done():
+		return
+	}
 	p := j.partitions[partition]
 	for ctx.Err() == nil {
 		err := p.publish(ctx)
@@ -79,7 +83,7 @@ func (p *partition[S]) resume(ctx context.Context) (place, error) {
 	if err != nil {
 		return place{}, err
 	}
-	for size := int64(tailChunk); end > 0; size *= 2 {
+	for size := int64(tailChunk); end > 0; size = min(2*size, 64*tailChunk) {
 		from := max(0, end-size)
 		var records []Record
 		err := readRange(ctx, p.Public, p.number, from, end, func(rs []Record) error {
@@ -135,11 +139,17 @@ func (p *partition[S]) published(ctx context.Context, e domain.Recorded, r Recor
 func (p *partition[S]) walk(ctx context.Context, from place, f func([]Record) error) error {
 	seq, skip := from.seq, from.published
 	return p.Log.Read(ctx, p.number, from.offset, func(b Batch) error {
-		if err := p.awaitPast(ctx, b.Next); err != nil {
-			return err
-		}
 		var out []Record
 		for _, r := range b.Records {
+			if !p.past(r.Offset + 1) { // the fold may have halted here: what lies before must go out
+				if err := f(out); err != nil {
+					return err
+				}
+				out = nil
+				if err := p.awaitPast(ctx, r.Offset+1); err != nil {
+					return err
+				}
+			}
 			if !p.accepted(r.Offset) {
 				continue
 			}

@@ -7,9 +7,10 @@ import (
 	"wharf/domain"
 )
 
-// KeysPerStream is how many Idempotency-Keys a stream remembers beside the one that created it. A retry that comes
-// after that many other keyed commands on the same entity is a new command.
-const KeysPerStream = 16
+// KeysPerStream is how many Idempotency-Keys a stream remembers at least, beside the one that created it. A retry that
+// comes after that many other keyed commands on the same entity is a new command. (Those of the last commit are all
+// remembered, however many they are: they were decided at the same time.)
+const KeysPerStream = 128
 
 // stream is what one entity's accepted commits add up to.
 type stream[S commands.State[S]] struct {
@@ -72,39 +73,29 @@ func (s *stream[S]) answered(key digest) *answer {
 	return nil
 }
 
-func (s *stream[S]) remember(a *answer, creating bool) {
-	if creating && s.creator == nil {
-		s.creator = a
-		return
-	}
-	if len(s.recent) == KeysPerStream {
-		s.recent = slices.Delete(s.recent, 0, 1)
-	}
-	s.recent = append(s.recent, a)
-}
-
 // accept folds an accepted commit in. It counts whatever its frame holds; a frame that cannot be read quarantines
-// the stream, which then stands still for good. seq is the partition's count before the commit.
+// the stream, which then stands still for good. seq is the partition's count before the commit. It returns the answers
+// to keyed commands that the commit holds.
 func (s *stream[S]) accept(name string, c Commit, value []byte, seq int64, at func(int64) domain.Position,
-	vocabulary domain.Events) error {
+	vocabulary domain.Events) (told []*answer, err error) {
 	creating := !s.exists()
 	s.Head = Head{c.ID, c.Parent.Version + int64(c.Events)}
 	if c.Events > 0 {
 		s.seq = seq + int64(c.Events)
 	}
 	if s.quarantined {
-		return nil
+		return nil, nil
 	}
 	f, err := decodeFrame(value, c.Events)
 	if err != nil {
 		s.quarantined = true
-		return err
+		return nil, err
 	}
 	events := make([]domain.Event, len(f.events))
 	for i, e := range f.events {
 		if events[i], err = vocabulary.Decode(e.name, e.data); err != nil {
 			s.quarantined = true
-			return err
+			return nil, err
 		}
 	}
 	for i, e := range f.events {
@@ -113,14 +104,21 @@ func (s *stream[S]) accept(name string, c Commit, value []byte, seq int64, at fu
 			s.hear(e.group, e.cause)
 		}
 	}
+	if n := len(s.recent) - KeysPerStream; n > 0 && len(f.outcomes) > 0 {
+		s.recent = slices.Delete(s.recent, 0, n)
+	}
 	for _, o := range f.outcomes {
-		s.remember(&answer{o.key, o.request, commands.Receipt{
-			Stream: name, Version: c.Parent.Version + int64(o.events), Position: at(seq + int64(o.events)),
-		}, o.refusal}, creating)
+		told = append(told, &answer{o.key, o.request, commands.Receipt{
+			Stream: name, Version: c.Parent.Version + int64(o.events), Position: at(seq + int64(o.events)), Note: o.note,
+		}, o.refusal})
+	}
+	s.recent = append(s.recent, told...)
+	if creating && len(told) > 0 {
+		s.creator = told[0]
 	}
 	if s.state.Closed() {
 		// Whatever a policy may still ask of it, the state itself answers "nothing to do".
 		s.causes = nil
 	}
-	return nil
+	return told, nil
 }

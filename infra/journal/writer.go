@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"time"
@@ -87,6 +88,7 @@ type member[S commands.State[S]] struct {
 	version int64
 	own     int // events of the call
 	events  int // of the commit, up to and including the call's
+	note    int
 	err     error
 }
 
@@ -236,7 +238,7 @@ func (p *partition[S]) newGroup(name string) *group[S] {
 }
 
 func (g *group[S]) receipt(m member[S], seq int64) commands.Receipt {
-	return commands.Receipt{Stream: g.name, Version: m.version, Position: g.position(seq)}
+	return commands.Receipt{Stream: g.name, Version: m.version, Position: g.position(seq), Note: m.note}
 }
 
 // decide decides one call on the draft. It answers at once what the folded state proves (a repetition), and adds a
@@ -255,14 +257,7 @@ func (g *group[S]) decide(c *call[S]) bool {
 		return true
 	}
 	if a := g.stream.answered(c.key); c.Key != "" && a != nil {
-		switch {
-		case a.request != c.request:
-			c.answer(commands.Receipt{}, commands.ErrKeyReused)
-		case a.refusal != nil:
-			c.answer(commands.Receipt{}, refusalError(a.refusal))
-		default:
-			c.answer(a.receipt, nil)
-		}
+		c.repeat(a)
 		return true
 	}
 	m := member[S]{call: c, version: g.draft.Version, events: len(g.frame.events)}
@@ -288,7 +283,14 @@ func (g *group[S]) decide(c *call[S]) bool {
 	if err != nil && !isRefusal(err) {
 		c.fail()
 	}
-	if n := len(g.frame.events); n > 0 && (n+len(events) > MaxEvents || g.bytes+size > maxGroupBytes) {
+	if c.Key != "" {
+		size += 64
+		if r, ok := refusalOf(err); ok {
+			size += len(r.Code) + len(r.Detail)
+		}
+	}
+	n := len(g.frame.events)
+	if n+len(g.frame.outcomes) > 0 && (n+len(events) > MaxEvents || g.bytes+size > maxGroupBytes) {
 		return false
 	}
 	g.bytes += size
@@ -304,12 +306,14 @@ func (g *group[S]) decide(c *call[S]) bool {
 		g.draft.hear(c.Group, c.Cause)
 	}
 	m.version, m.own, m.events, m.err = g.draft.Version, len(events), len(g.frame.events), err
+	if c.Note != nil {
+		m.note = *c.Note
+	}
 	if c.Key != "" && g.draft.exists() {
 		// A keyed answer is written down before it is given, a refusal too: a retry must get the same one.
 		refusal, ok := refusalOf(err)
 		if err == nil || ok {
-			g.frame.outcomes = append(g.frame.outcomes, outcome{c.key, c.request, m.events, refusal})
-			g.bytes += 64
+			g.frame.outcomes = append(g.frame.outcomes, outcome{c.key, c.request, m.events, m.note, refusal})
 		}
 	}
 	if c.Key != "" {
@@ -337,7 +341,7 @@ func (g *group[S]) repeats(m *member[S]) bool {
 	}
 	first := g.members[i]
 	if first.request == m.request {
-		m.version, m.events, m.err = first.version, first.events, first.err
+		m.version, m.events, m.note, m.err = first.version, first.events, first.note, first.err
 	} else {
 		m.err = commands.ErrKeyReused
 	}
@@ -345,13 +349,21 @@ func (g *group[S]) repeats(m *member[S]) bool {
 	return true
 }
 
-func (g *group[S]) ask(c *call[S]) ([]domain.Event, error) {
-	if c.IfMatch != commands.AnyVersion && g.draft.exists() && g.draft.Version != c.IfMatch {
+func (g *group[S]) ask(c *call[S]) (events []domain.Event, err error) {
+	defer func() {
+		if bug := recover(); bug != nil { // which must not leave the partition locked
+			events, err = nil, fmt.Errorf("the decision panicked: %v\n%s", bug, debug.Stack())
+		}
+	}()
+	if c.IfMatch >= 0 && g.draft.exists() && g.draft.Version != c.IfMatch {
 		return nil, commands.ErrPrecondition
 	}
-	events, err := c.decide(g.draft.state)
+	events, err = c.decide(g.draft.state)
 	if err != nil {
 		return nil, err
+	}
+	if c.IfMatch != commands.AnyVersion && c.IfMatch != 0 && !g.draft.exists() {
+		return nil, commands.ErrPrecondition // only now: a command that finds nothing says so itself
 	}
 	return events, nil
 }
@@ -423,6 +435,42 @@ func (p *partition[S]) send(name string, f *flight[S]) {
 	}
 }
 
+// repeat gives the call the answer that its key was given before.
+func (c *call[S]) repeat(a *answer) {
+	switch {
+	case a.request != c.request:
+		c.answer(commands.Receipt{}, commands.ErrKeyReused)
+	case a.refusal != nil:
+		c.answer(commands.Receipt{}, refusalError(a.refusal))
+	default:
+		c.answer(a.receipt, nil)
+	}
+}
+
+// tell answers the calls that wait with a key of the commit: the stream may have forgotten it when their turn comes.
+func (p *partition[S]) tell(name string, c Commit, told []*answer) {
+	l := p.lanes[name]
+	if l == nil || len(told) == 0 {
+		return
+	}
+	byKey := make(map[digest]*answer, len(told))
+	for _, a := range told {
+		byKey[a.key] = a
+	}
+	waiting := l.queue
+	if l.flight != nil && l.flight.commit.ID != c.ID {
+		waiting = slices.Clone(l.queue)
+		for _, m := range l.flight.members {
+			waiting = append(waiting, m.call)
+		}
+	}
+	for _, w := range waiting {
+		if a := byKey[w.key]; a != nil && w.Key != "" {
+			w.repeat(a)
+		}
+	}
+}
+
 // resolve tells the stream's flight that the commit was accepted. `before` is the partition's count before it.
 func (p *partition[S]) resolve(name string, c Commit, before int64) {
 	l := p.lanes[name]
@@ -441,7 +489,8 @@ func (p *partition[S]) resolve(name string, c Commit, before int64) {
 		m.flying = false
 		switch {
 		case c.ID == f.commit.ID:
-			m.answer(commands.Receipt{Stream: name, Version: m.version, Position: p.position(before + int64(m.events))}, m.err)
+			m.answer(commands.Receipt{Stream: name, Version: m.version, Position: p.position(before + int64(m.events)),
+				Note: m.note}, m.err)
 		case m.answered: // its caller has left: never decided again
 		case c.ID == f.fence && m.own > 0:
 			m.answer(commands.Receipt{}, commands.ErrTooLarge)

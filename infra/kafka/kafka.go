@@ -31,13 +31,14 @@ import (
 
 // Sizes, in bytes.
 const (
-	// MaxRecordBytes is the size (of key, value and headers) up to which every record can be appended.
-	MaxRecordBytes = 1 << 20
+	// MaxRecordBytes is the size (of key, value and headers) up to which every record can be appended: an order of 2,000
+	// lines fits, whatever its SKUs are.
+	MaxRecordBytes = 2 << 20
 	// maxBatchBytes bounds what the producer puts into one record batch: one record of the largest size fits with its
 	// envelope, and a batch of many never exceeds what the topics accept, or one would be refused for another's sake.
 	maxBatchBytes = MaxRecordBytes + 64<<10
 	// topicMessageBytes is the max.message.bytes of created topics, minTopicMessageBytes the least that will do.
-	topicMessageBytes    = 2 << 20
+	topicMessageBytes    = 4 << 20
 	minTopicMessageBytes = MaxRecordBytes + 128<<10
 )
 

@@ -178,9 +178,10 @@ type place struct {
 type cache[S any] struct {
 	mu      sync.Mutex
 	entries map[place]*entry[S]
+	size    int // reactions in all entries
 }
 
-const maxCached = 20_000
+const maxCached = 200_000 // reactions
 
 func (c *cache[S]) get(p place, decode func() (*entry[S], error)) (*entry[S], error) {
 	c.mu.Lock()
@@ -195,8 +196,11 @@ func (c *cache[S]) get(p place, decode func() (*entry[S], error)) (*entry[S], er
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.entries == nil || len(c.entries) >= maxCached {
-		c.entries = map[place]*entry[S]{}
+	if c.entries == nil || c.size >= maxCached {
+		c.entries, c.size = map[place]*entry[S]{}, 0
+	}
+	if c.entries[p] == nil {
+		c.size += len(e.streams)
 	}
 	c.entries[p] = e
 	return e, nil
@@ -208,6 +212,7 @@ func (c *cache[S]) done(p place) {
 	if e := c.entries[p]; e != nil {
 		if e.left--; e.left <= 0 {
 			delete(c.entries, p)
+			c.size -= len(e.streams)
 		}
 	}
 }

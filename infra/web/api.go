@@ -8,10 +8,12 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"strconv"
 	"unicode/utf8"
 
 	"github.com/danielgtaylor/huma/v2"
 	"github.com/danielgtaylor/huma/v2/adapters/humago"
+	"github.com/danielgtaylor/huma/v2/validation"
 )
 
 func init() {
@@ -21,6 +23,8 @@ func init() {
 	}
 	huma.DefaultArrayNullable = false
 	huma.ValidateStrictCasing = true
+	validation.MsgExpectedMinimumNumber = "expected number >= %.0f"
+	validation.MsgExpectedMaximumNumber = "expected number <= %.0f"
 }
 
 // MaxBody is how large a request's body may be: twice the largest order in the longest spelling of its names.
@@ -46,8 +50,31 @@ func NewAPI(mux *http.ServeMux) huma.API {
 	api := humago.New(mux, config)
 	api.OpenAPI().OnAddOperation = append(api.OpenAPI().OnAddOperation, func(_ *huma.OpenAPI, op *huma.Operation) {
 		op.MaxBodyBytes = MaxBody
+		document(op)
 	})
 	return api
+}
+
+// document adds the answers that huma does not know of.
+func document(op *huma.Operation) {
+	problem := op.Responses["default"]
+	if problem == nil {
+		return
+	}
+	statuses := []int{http.StatusBadRequest, http.StatusNotFound, http.StatusUnprocessableEntity, http.StatusServiceUnavailable}
+	if op.Method == http.MethodPost {
+		statuses = append(statuses, http.StatusConflict, http.StatusPreconditionFailed, http.StatusRequestEntityTooLarge,
+			http.StatusUnsupportedMediaType, http.StatusGatewayTimeout)
+	} else {
+		op.Responses["304"] = &huma.Response{Description: http.StatusText(http.StatusNotModified)}
+	}
+	for _, status := range statuses {
+		response := &huma.Response{Description: http.StatusText(status), Content: problem.Content}
+		if status == http.StatusServiceUnavailable {
+			response.Headers = map[string]*huma.Param{"Retry-After": {Schema: &huma.Schema{Type: huma.TypeInteger}}}
+		}
+		op.Responses[strconv.Itoa(status)] = response
+	}
 }
 
 // unmarshal is json.Unmarshal with errors that name a field and never repeat a value.

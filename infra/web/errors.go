@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/http"
+	"slices"
 	"strings"
 
 	"github.com/danielgtaylor/huma/v2"
@@ -119,6 +120,10 @@ var codes = map[int]string{
 
 // newError is huma's constructor of errors: it is given its own findings with a status, and a handler's error with 500.
 func newError(status int, message string, errs ...error) huma.StatusError {
+	if message == "cannot read request body" {
+		status = http.StatusBadRequest // the client broke off, or its chunks are none
+		errs = nil
+	}
 	if status == http.StatusInternalServerError && len(errs) == 1 {
 		return problemOf(errs[0])
 	}
@@ -128,20 +133,38 @@ func newError(status int, message string, errs ...error) huma.StatusError {
 	}
 	p := newProblem(status, code)
 	p.Detail = message
-	seen := map[Field]bool{}
+	if status == http.StatusUnsupportedMediaType {
+		p.Detail = "expected application/json"
+		return p
+	}
 	for _, err := range errs {
-		if err == nil {
-			continue
+		if len(p.Errors) == maxFields {
+			p.Detail = "validation failed; these are the first errors"
+			break
 		}
-		f := Field{Message: err.Error()}
-		var d huma.ErrorDetailer
-		if errors.As(err, &d) {
+		var f Field
+		// An ErrorDetail's own text has the value in it, all of it.
+		if d := huma.ErrorDetailer(nil); errors.As(err, &d) {
 			f = Field{d.ErrorDetail().Location, d.ErrorDetail().Message}
+		} else if err != nil {
+			f.Message = err.Error()
 		}
-		if !seen[f] {
-			seen[f] = true
+		if f.Field = cut(f.Field); !slices.Contains(p.Errors, f) && f != (Field{}) {
 			p.Errors = append(p.Errors, f)
 		}
 	}
 	return p
+}
+
+// The names of fields may be the sender's, as many and as long as the body allows.
+const (
+	maxFields = 20
+	maxName   = 100
+)
+
+func cut(name string) string {
+	if len(name) <= maxName {
+		return name
+	}
+	return strings.ToValidUTF8(name[:maxName], "") + "…"
 }

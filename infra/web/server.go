@@ -9,9 +9,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
+	"net/url"
+	"path"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"time"
 
@@ -48,7 +52,7 @@ func Handler(mux *http.ServeMux, document []byte, ready func() error) http.Handl
 	})
 	mux.Handle("GET /metrics", promhttp.Handler())
 	mux.HandleFunc("GET /openapi.json", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "application/openapi+json")
+		w.Header().Set("Content-Type", "application/json")
 		_, _ = w.Write(document)
 	})
 	slots := make(chan struct{}, maxInFlight)
@@ -67,8 +71,16 @@ func Handler(mux *http.ServeMux, document []byte, ready func() error) http.Handl
 			}
 		}()
 		_, route := mux.Handler(r)
+		if path.Clean(r.URL.EscapedPath()) != r.URL.EscapedPath() { // which the mux would redirect
+			writeProblem(w, newProblem(http.StatusNotFound, "no-such-path"))
+			return
+		}
 		if route == "" {
 			noRoute(w, mux, r)
+			return
+		}
+		if p := badQuery(r); p != nil {
+			writeProblem(w, p)
 			return
 		}
 		start := time.Now()
@@ -78,6 +90,29 @@ func Handler(mux *http.ServeMux, document []byte, ready func() error) http.Handl
 		status := serve(mux, w, r.WithContext(ctx))
 		requestSeconds.WithLabelValues(route, fmt.Sprint(status)).Observe(time.Since(start).Seconds())
 	}), "http", otelhttp.WithSpanNameFormatter(func(_ string, r *http.Request) string { return r.Method }))
+}
+
+// badQuery refuses what would otherwise be taken for a query without conditions.
+func badQuery(r *http.Request) *Problem {
+	query, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		p := newProblem(http.StatusBadRequest, codes[http.StatusBadRequest])
+		p.Detail = "the query string cannot be read"
+		return p
+	}
+	var p *Problem
+	for _, name := range slices.Sorted(maps.Keys(query)) {
+		if values := query[name]; len(values) > 1 || values[0] == "" {
+			if p == nil {
+				p = newProblem(http.StatusUnprocessableEntity, codes[http.StatusUnprocessableEntity])
+				p.Detail = "validation failed"
+			}
+			if len(p.Errors) < maxFields {
+				p.Errors = append(p.Errors, Field{cut("query." + name), "expected one value that is not empty"})
+			}
+		}
+	}
+	return p
 }
 
 // noRoute tells an unknown path from a wrong method.
@@ -110,7 +145,7 @@ func writeProblem(w http.ResponseWriter, p *Problem) {
 // serve runs the handler and returns the status. The answer to a GET whose handler sets an ETag (the version, in
 // quotes) is held back until its body is known: the hash goes into the tag, and an If-None-Match that has it gets 304.
 func serve(h http.Handler, w http.ResponseWriter, r *http.Request) int {
-	b := &recorder{ResponseWriter: w, hold: r.Method == http.MethodGet}
+	b := &recorder{ResponseWriter: w, hold: r.Method == http.MethodGet || r.Method == http.MethodHead}
 	h.ServeHTTP(b, r)
 	if !b.held {
 		return b.status
@@ -119,7 +154,7 @@ func serve(h http.Handler, w http.ResponseWriter, r *http.Request) int {
 	version := strings.Trim(w.Header().Get("ETag"), `"`)
 	tag := `"` + version + "." + hex.EncodeToString(sum[:8]) + `"`
 	w.Header().Set("ETag", tag)
-	if strings.Contains(r.Header.Get("If-None-Match"), tag) {
+	if match := r.Header.Get("If-None-Match"); match == "*" || strings.Contains(match, tag) {
 		w.Header().Del("Content-Type")
 		w.WriteHeader(http.StatusNotModified)
 		return http.StatusNotModified

@@ -69,6 +69,11 @@ func order(lines ...string) string {
 func TestBadInputGetsAProblemThatNamesTheField(t *testing.T) {
 	s := newServer(t)
 	id := "0b2f8c1e-7a55-4b52-9c2c-3c1f7c9b8a10"
+	var manyFields string
+	for i := range 20_000 {
+		manyFields += fmt.Sprintf(`"k%d":1,`, i)
+	}
+	manyFields = "{" + manyFields + `"z":1}`
 	many := make([]string, 2001)
 	for i := range many {
 		many[i] = goodLine
@@ -126,6 +131,12 @@ func TestBadInputGetsAProblemThatNamesTheField(t *testing.T) {
 		"deliver unknown":     {"/shipments/" + id + "/deliver", ``, 404, ""},
 		"refund unknown":      {"/payments/" + id + "/refund", `{"amount":{"amount":1,"currency":"GBP"}}`, 404, ""},
 		"refund 0":            {"/payments/" + id + "/refund", `{"amount":{"amount":0,"currency":"GBP"}}`, 422, "body.amount.amount"},
+		"many unknown fields": {"/orders", manyFields, 422, "body.k"},
+		"a field's long name": {"/orders", `{"` + strings.Repeat("x", 1<<20) + `":1}`, 422, "body.xxx"},
+		"a UUID with more":    {"/orders/hunter20b2f8c1e-7a55-4b52-9c2c-3c1f7c9b8a10/cancel", `{"reason":"r"}`, 422, "path.id"},
+		"a broken query":      {"/orders?customer=%zz", order(goodLine), 400, ""},
+		"an empty query":      {"/orders?limit=", order(goodLine), 422, "query.limit"},
+		"a path to clean":     {"//orders", order(goodLine), 404, ""},
 		"unknown path":        {"/nothing", `{}`, 404, ""},
 		"unknown query field": {"/orders?hunter2=1", order(goodLine), 422, "query.hunter2"},
 	} {
@@ -138,6 +149,9 @@ func TestBadInputGetsAProblemThatNamesTheField(t *testing.T) {
 			}
 			if !strings.Contains(fmt.Sprint(p.Errors), "{"+c.field) && (c.field != "" || len(p.Errors) > 1) {
 				t.Errorf("%q is not named: %s", c.field, body)
+			}
+			if len(body) > 5000 {
+				t.Errorf("the problem has %d bytes", len(body))
 			}
 			for _, echoed := range []string{"hunter2", "9223372036854775808", "1e999"} {
 				if strings.Contains(strings.ReplaceAll(body, "query.hunter2", ""), echoed) {
@@ -179,7 +193,7 @@ func TestHeadersOfCommands(t *testing.T) {
 	if status, body := post(t, s.URL+"/orders", order(goodLine, goodLine), "Idempotency-Key", "k1"); status != 422 {
 		t.Fatal(status, body)
 	}
-	for _, bad := range []string{"a b", strings.Repeat("k", 256), "ü"} {
+	for _, bad := range []string{"", "a b", strings.Repeat("k", 256), "ü"} {
 		if status, body := post(t, s.URL+"/orders", order(goodLine), "Idempotency-Key", bad); status != 422 ||
 			!strings.Contains(body, "header.Idempotency-Key") {
 			t.Fatal(status, body)
@@ -188,7 +202,8 @@ func TestHeadersOfCommands(t *testing.T) {
 	var accepted commands.AcceptedBody
 	_ = json.Unmarshal([]byte(first), &accepted)
 	cancel := s.URL + "/orders/" + accepted.ID + "/cancel"
-	for match, want := range map[string]int{`"7"`: 412, `"x"`: 422, `1`: 422, `W/"1"`: 422} {
+	for match, want := range map[string]int{`"7"`: 412, `"x"`: 422, `1`: 422, `W/"1"`: 422, `"+1"`: 422, `"01"`: 422,
+		`"1."`: 422, `"1", "2"`: 422, ``: 422} {
 		if status, body := post(t, cancel, `{"reason":"r"}`, "If-Match", match); status != want {
 			t.Fatal(match, status, body)
 		}
@@ -203,7 +218,15 @@ func TestHeadersOfCommands(t *testing.T) {
 	if status, body := post(t, cancel, `{"reason":"other"}`); status != 409 {
 		t.Fatal("cancelling otherwise", status, body)
 	}
-	if status, body := post(t, s.URL+"/orders", order(goodLine), "Content-Type", "text/plain"); status != 415 {
+	for _, c := range []struct {
+		match string
+		want  int
+	}{{`*`, 412}, {`"3"`, 412}, {`"0"`, 200}, {`"0"`, 412}, {`*`, 200}} {
+		if status, body := post(t, s.URL+"/stock/new/receive", `{"quantity":1}`, "If-Match", c.match); status != c.want {
+			t.Fatal("If-Match on a new SKU", c.match, status, body)
+		}
+	}
+	if status, body := post(t, s.URL+"/orders", order(goodLine), "Content-Type", "hunter2/plain"); status != 415 || strings.Contains(body, "hunter2") {
 		t.Fatal("another media type", status, body)
 	}
 	if res, err := http.Get(s.URL + "/orders/x/cancel"); err != nil || res.StatusCode != 405 || res.Header.Get("Allow") != "POST" {

@@ -170,11 +170,11 @@ func runProtocol(t *testing.T, topics Topics) {
 		s := start(t)
 		j := s.Replica()
 		for i := range journal.KeysPerStream + 2 {
-			_, err := j.Handle(t.Context(), Keyed("a", fmt.Sprint("k", i), ""), Count(1, 99))
+			_, err := j.Handle(t.Context(), Keyed("a", fmt.Sprint("k", i), ""), Count(1, 9999))
 			must(t, err)
 		}
 		for key, version := range map[string]int64{"k0": 1, "k2": 3, fmt.Sprint("k", journal.KeysPerStream+1): journal.KeysPerStream + 2} {
-			if r, err := s.Replica().Handle(t.Context(), Keyed("a", key, ""), Count(1, 99)); err != nil || r.Version != version {
+			if r, err := s.Replica().Handle(t.Context(), Keyed("a", key, ""), Count(1, 9999)); err != nil || r.Version != version {
 				t.Errorf("%s is answered %v, %v", key, r, err)
 			}
 		}
