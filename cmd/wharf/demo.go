@@ -36,6 +36,9 @@ func (c *demoCmd) Run(ctx context.Context) (err error) {
 	if err := positive("--order-deadline", c.OrderDeadline); err != nil {
 		return err
 	}
+	if err := checkAddr(c.Addr); err != nil {
+		return err
+	}
 	if c.Customers < 0 || c.ReplicationFactor < 1 {
 		return usageError("--customers must not be negative, --replication-factor must be above 0")
 	}
@@ -58,7 +61,7 @@ func (c *demoCmd) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(os.Stderr, "Starting in %s. The first start fetches Postgres, which takes a moment.\n", c.DataDir)
+	fmt.Fprintf(os.Stderr, "Starting in %s. (The first start on a machine fetches Postgres, which takes a moment.)\n", c.DataDir)
 
 	// What is real elsewhere is embedded here, unless it was named.
 	at := embedded.Runtime{Addr: l.Addr().String(), Brokers: c.KafkaBrokers, DatabaseURL: c.DatabaseURL}
@@ -97,7 +100,11 @@ func (c *demoCmd) Run(ctx context.Context) (err error) {
 		return err
 	}
 	defer client.Close()
-	if err := client.CreateTopics(ctx, topicSpecs(c.Partitions, c.ReplicationFactor)); err != nil {
+	specs := topicSpecs(c.Partitions, c.ReplicationFactor)
+	if err := client.CreateTopics(ctx, specs); err != nil {
+		return err
+	}
+	if err := client.CheckTopics(ctx, specs); err != nil {
 		return err
 	}
 

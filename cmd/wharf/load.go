@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net/url"
 	"os"
 
 	"wharf/infra/load"
@@ -10,6 +12,14 @@ import (
 
 type urlFlag struct {
 	URL string `env:"WHARF_URL" default:"http://127.0.0.1:8080" help:"The shop."`
+}
+
+// Validate implements kong's validation.
+func (f urlFlag) Validate() error {
+	if u, err := url.Parse(f.URL); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
+		return errors.New("--url: expected something like http://127.0.0.1:8080")
+	}
+	return nil
 }
 
 type loadCmd struct {

@@ -91,7 +91,7 @@ func run(args []string) int {
 		}
 		return exitInterrupted
 	case err != nil:
-		fmt.Fprintf(os.Stderr, "wharf %s: %v\n", parsed.Command(), err)
+		fmt.Fprintf(os.Stderr, "wharf %s: %v\n", commandName(parsed.Command()), err)
 		var usage usageError
 		if errors.As(err, &usage) {
 			return exitUsage
@@ -99,6 +99,12 @@ func run(args []string) int {
 		return exitFailed
 	}
 	return 0
+}
+
+// commandName is the command without its arguments.
+func commandName(command string) string {
+	name, _, _ := strings.Cut(command, " <")
+	return name
 }
 
 // interrupted is why the context of a program ended.

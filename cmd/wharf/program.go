@@ -108,11 +108,21 @@ func serve(ctx context.Context, l net.Listener, parts ...part) error {
 
 // listen opens the address that a program serves at.
 func listen(addr string) (net.Listener, error) {
+	if err := checkAddr(addr); err != nil {
+		return nil, err
+	}
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
 		return nil, fmt.Errorf("listen: %w (choose another one with --addr)", err)
 	}
 	return l, nil
+}
+
+func checkAddr(addr string) error {
+	if _, _, err := net.SplitHostPort(addr); err != nil {
+		return usageError("--addr: expected host:port")
+	}
+	return nil
 }
 
 // service is one service on its journal: what its routes and drivers speak to, and what keeps it going.

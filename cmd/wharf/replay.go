@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -31,6 +32,17 @@ func (c *replayCmd) Run(ctx context.Context) error {
 		for _, m := range projections.All {
 			c.Models = append(c.Models, m.Name)
 		}
+	}
+	models := c.Models
+	c.Models = nil
+	for _, m := range projections.All {
+		if slices.Contains(models, m.Name) {
+			c.Models = append(c.Models, m.Name)
+			models = slices.DeleteFunc(models, func(name string) bool { return name == m.Name })
+		}
+	}
+	if len(models) > 0 {
+		return usageError(fmt.Sprintf("there is no read model %q; wharf projections lists them", models[0]))
 	}
 	if err := c.resolve(); err != nil {
 		return err

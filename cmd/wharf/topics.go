@@ -2,8 +2,11 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
+	"slices"
+	"strings"
 
 	"wharf/infra/embedded"
 	"wharf/infra/journal"
@@ -92,6 +95,9 @@ type topicsSkipCmd struct {
 
 // Run implements the subcommand.
 func (c *topicsSkipCmd) Run(ctx context.Context) error {
+	if !slices.ContainsFunc(services, func(s string) bool { return journalTopic(s) == c.Topic }) {
+		return usageError(c.Topic + " is no journal: " + strings.Join(services, ".journal, ") + ".journal are")
+	}
 	brokers, _, err := brokersOf(c.KafkaBrokers, c.DataDir)
 	if err != nil {
 		return err
@@ -101,6 +107,13 @@ func (c *topicsSkipCmd) Run(ctx context.Context) error {
 		return err
 	}
 	defer client.Close()
+	partitions, err := client.Partitions(ctx, c.Topic)
+	if err != nil {
+		return err
+	}
+	if c.Partition < 0 || int(c.Partition) >= partitions {
+		return usageError(fmt.Sprintf("%s has the partitions 0 to %d", c.Topic, partitions-1))
+	}
 	log := client.Log(c.Topic)
 	end, err := log.End(ctx, c.Partition)
 	if err != nil {
@@ -108,6 +121,21 @@ func (c *topicsSkipCmd) Run(ctx context.Context) error {
 	}
 	if c.Offset < 0 || c.Offset >= end {
 		return usageError(fmt.Sprintf("%s partition %d ends at offset %d", c.Topic, c.Partition, end))
+	}
+	var halts bool
+	read := errors.New("read")
+	err = log.Read(ctx, c.Partition, c.Offset, func(b journal.Batch) error {
+		if len(b.Records) > 0 && b.Records[0].Offset == c.Offset {
+			_, verdict := journal.Judge(b.Records[0], partitions, func(string) journal.Head { return journal.Head{} })
+			halts = verdict == journal.TooNew
+		}
+		return read
+	})
+	if !errors.Is(err, read) {
+		return err
+	}
+	if !halts {
+		return fmt.Errorf("no reader halts on %s/%d/%d: there is nothing to skip", c.Topic, c.Partition, c.Offset)
 	}
 	if err := log.Append(ctx, journal.NewSkipRecord(c.Partition, c.Offset)); err != nil {
 		return err

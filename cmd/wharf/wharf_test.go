@@ -313,6 +313,7 @@ func TestUsageErrorsExitWith2(t *testing.T) {
 	for _, args := range [][]string{
 		{}, {"nothing"}, {"demo", "--nothing"}, {"demo", "--partitions", "0"}, {"orders"}, {"replay"}, {"replay", "--all", "orders"},
 		{"load", "--concurrency", "0"}, {"load", "--file", "/nothing"}, {"demo", "--order-deadline", "0s"}, {"audit", "--wait", "-1s"},
+		{"audit", "--url", "nonsense"}, {"replay", "nothing"}, {"topics", "skip", "orders.events", "0", "0"}, {"demo", "--addr", "nonsense"},
 	} {
 		wantCode(t, 2, args...)
 	}

@@ -70,6 +70,9 @@ func Lock(dir string) (*Owner, error) {
 		return nil, fmt.Errorf("create the data directory: %w", err)
 	}
 	path := filepath.Join(dir, lockFile)
+	if err := sameUser(path); err != nil {
+		return nil, err
+	}
 	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("lock the data directory: %w", err)
@@ -94,6 +97,19 @@ func Lock(dir string) (*Owner, error) {
 		return nil, fmt.Errorf("take over the data directory: %w", err)
 	}
 	return o, nil
+}
+
+// sameUser refuses to work as root on what another user has made, who could not go on with it afterwards.
+func sameUser(path string) error {
+	info, err := os.Stat(path)
+	if err != nil || os.Geteuid() != 0 {
+		return nil
+	}
+	if stat, ok := info.Sys().(*syscall.Stat_t); ok && stat.Uid != 0 {
+		return fmt.Errorf("the data directory %s is user %d's: run as that user, or choose another one",
+			filepath.Dir(path), stat.Uid)
+	}
+	return nil
 }
 
 // Publish tells other terminals where the parts of the demo are. PID and Started are filled in.
