@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/url"
@@ -553,9 +554,12 @@ func (a account) own(path string) error {
 		return nil
 	}
 	return filepath.WalkDir(path, func(name string, _ os.DirEntry, err error) error {
-		if err != nil {
-			return err
+		if err == nil {
+			err = os.Lchown(name, int(a.uid), int(a.gid))
 		}
-		return os.Lchown(name, int(a.uid), int(a.gid))
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // a server that is just ending removes files of its own
+		}
+		return err
 	})
 }

@@ -29,7 +29,7 @@ func TestTopics(t *testing.T) {
 		{"cleanup.policy", "compact,delete", "delete"},
 		{"unclean.leader.election.enable", "true", "false"},
 		{"min.insync.replicas", "2", "1"},
-		{"max.message.bytes", "1048576", "1179648"},
+		{"max.message.bytes", "1048576", "2228224"},
 	} {
 		t.Run(tc.setting, func(t *testing.T) {
 			set := func(value string) {
