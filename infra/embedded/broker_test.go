@@ -217,10 +217,12 @@ func checkProgress(t *testing.T, client sarama.Client, topic string) {
 	if block := committed.GetBlock(topic, 1); block == nil || block.Offset != 7 || block.Metadata != "progress 7" {
 		t.Errorf("the committed offset is %+v", block)
 	}
-	settings, err := admin.DescribeConfig(sarama.ConfigResource{Type: sarama.TopicResource, Name: topic})
-	if err != nil {
-		t.Fatal(err)
+	described, err := admin.DescribeConfigs([]*sarama.ConfigResource{{Type: sarama.TopicResource, Name: topic}},
+		sarama.DescribeConfigsOptions{})
+	if err != nil || len(described) != 1 {
+		t.Fatal(described, err)
 	}
+	settings := described[0].Configs
 	for name, want := range keptSettings {
 		if !slices.ContainsFunc(settings, func(e sarama.ConfigEntry) bool { return e.Name == name && e.Value == want }) {
 			t.Errorf("%s is not %s: %+v", name, want, settings)

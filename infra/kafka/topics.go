@@ -112,13 +112,19 @@ func (c *Client) CheckTopics(ctx context.Context, specs []TopicSpec) error {
 			case t.Err != sarama.ErrNoError:
 				return fmt.Errorf("topic %s: %w", s.Name, t.Err)
 			}
-			entries, err := a.DescribeConfig(sarama.ConfigResource{Type: sarama.TopicResource, Name: s.Name})
+			described, err := a.DescribeConfigs([]*sarama.ConfigResource{{Type: sarama.TopicResource, Name: s.Name}},
+				sarama.DescribeConfigsOptions{})
 			if err != nil {
 				return fmt.Errorf("topic %s: %w", s.Name, err)
 			}
 			config := map[string]string{}
-			for _, e := range entries {
-				config[e.Name] = e.Value
+			for _, d := range described {
+				if d.ErrorCode != sarama.ErrNoError {
+					return fmt.Errorf("topic %s: its settings: %w", s.Name, d.ErrorCode)
+				}
+				for _, e := range d.Configs {
+					config[e.Name] = e.Value
+				}
 			}
 			problems = append(problems, s.problems(t, config)...)
 		}

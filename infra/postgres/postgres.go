@@ -63,7 +63,7 @@ func open(ctx context.Context, url, role string, adjust func(*pgxpool.Config)) (
 	c.MaxConnIdleTime = 5 * time.Minute
 	c.HealthCheckPeriod = 15 * time.Second
 	c.ConnConfig.ConnectTimeout = connectTimeout
-	c.ConnConfig.Tracer = otelpgx.NewTracer(otelpgx.WithTrimSQLInSpanName(), otelpgx.WithDisableQuerySpanNamePrefix())
+	c.ConnConfig.Tracer = otelpgx.NewTracer()
 	c.ConnConfig.RuntimeParams["application_name"] = "wharf-" + role
 	adjust(c)
 	pool, err := pgxpool.NewWithConfig(ctx, c)

@@ -1,0 +1,58 @@
+# `make help` says what there is. Nothing is needed but Go, and Docker for the targets that begin with compose.
+
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+
+.DEFAULT_GOAL := help
+.PHONY: help
+help: ## Say what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## Build ./wharf
+	CGO_ENABLED=0 go build -trimpath -o wharf ./cmd/wharf
+
+.PHONY: demo
+demo: ## Run the whole shop in one process
+	go run ./cmd/wharf demo
+
+.PHONY: test
+test: ## Run all tests
+	go test ./...
+
+.PHONY: race
+race: ## Run the tests of what is concurrent with the race detector
+	go test -race ./commands/... ./infra/journal/... ./infra/kafka ./infra/policies ./infra/web
+
+.PHONY: bench
+bench: ## Measure Kafka and the projection engine on this machine
+	go test -run '^$$' -bench . -benchtime 1x ./infra/kafka ./infra/postgres
+
+.PHONY: lint
+lint: ## Formatting, vet, staticcheck, the import rule, a tidy and verified go.mod
+	@unformatted=$$(gofmt -l cmd commands domain infra projections); \
+	if [ -n "$$unformatted" ]; then echo "gofmt would change:"; echo "$$unformatted"; exit 1; fi
+	go vet ./...
+	go vet -tags compose ./infra/compose
+	go run $(STATICCHECK) ./...
+	go test ./infra
+	go mod tidy -diff
+	go mod verify
+
+.PHONY: check
+check: lint test ## All that has to pass before a commit
+
+.PHONY: compose-up
+compose-up: ## Build and start the shop in containers, at http://127.0.0.1:8080
+	docker compose up --build --detach --wait
+
+.PHONY: compose-down
+compose-down: ## Stop the containers and forget what they kept
+	docker compose down --volumes
+
+.PHONY: compose-test
+compose-test: ## Load, scale and kill the shop in containers, then audit it
+	go test -tags compose -count=1 -timeout 30m -v ./infra/compose
+
+.PHONY: clean
+clean: ## Remove what was built and what a demo kept
+	rm -rf wharf .wharf
