@@ -2,15 +2,16 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"time"
 
 	"github.com/danielgtaylor/huma/v2"
 	"golang.org/x/sync/errgroup"
 
-	ordersapi "wharf/commands/orders"
-
+	"wharf/commands"
 	inventoryapi "wharf/commands/inventory"
+	ordersapi "wharf/commands/orders"
 	paymentsapi "wharf/commands/payments"
 	shippingapi "wharf/commands/shipping"
 	"wharf/infra/kafka"
@@ -80,10 +81,13 @@ func (l lags) Ends(ctx context.Context, topics []string) (map[string]map[int32]i
 		for p := range int32(l.partitions) {
 			group.Go(func() error {
 				end, err := l.client.Reader(topic).End(ctx, p)
+				if err != nil {
+					return kafkaAway(err)
+				}
 				mu.Lock()
 				defer mu.Unlock()
 				ends[topic][p] = end
-				return err
+				return nil
 			})
 		}
 	}
@@ -96,12 +100,18 @@ func (l lags) Policies(ctx context.Context) ([]projections.PolicyLag, error) {
 	for i, service := range services {
 		group.Go(func() error {
 			lag, err := l.client.GroupLag(ctx, policies.Group(service), publicTopics(sources[service]...))
+			if err != nil {
+				return kafkaAway(err)
+			}
 			all[i] = projections.PolicyLag{Service: service, Lag: lag}
-			return err
+			return nil
 		})
 	}
 	return all, group.Wait()
 }
+
+// kafkaAway makes a failure to ask Kafka one that passes: these questions cannot be wrong.
+func kafkaAway(err error) error { return fmt.Errorf("%w: %w", commands.ErrNotReady, err) }
 
 // allRoutes registers every route of the shop, to be documented: none of them can be called.
 func allRoutes(api huma.API) {

@@ -142,6 +142,7 @@ func TestTheShopInContainers(t *testing.T) {
 	for _, service := range []string{"orders", "projector", "kafka", "postgres", "payments", "inventory"} {
 		line, open := <-lines
 		for open && !strings.HasPrefix(line, "placed") {
+			t.Log(line)
 			line, open = <-lines
 		}
 		if !open {

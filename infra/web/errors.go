@@ -3,13 +3,16 @@ package web
 import (
 	"context"
 	"errors"
+	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"slices"
 	"strings"
 
 	"github.com/danielgtaylor/huma/v2"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/puddle/v2"
 
 	"wharf/commands"
 	"wharf/domain"
@@ -85,17 +88,27 @@ func problemOf(err error) *Problem {
 		p.Detail = refusal.Error()
 		return p
 	}
-	var connect *pgconn.ConnectError
-	var pg *pgconn.PgError
-	switch {
-	case errors.As(err, &connect), pgconn.Timeout(err), pgconn.SafeToRetry(err),
-		errors.As(err, &pg) && (strings.HasPrefix(pg.Code, "57") || strings.HasPrefix(pg.Code, "08") || strings.HasPrefix(pg.Code, "53")):
-		// The database is away, starting, stopping or full: no fault of the request's.
-		slog.Warn("the database does not answer", "err", err)
+	if unreachable(err) {
+		slog.Warn("a request failed because a server that it needs is away", "err", err)
 		return newProblem(http.StatusServiceUnavailable, "not-ready")
 	}
 	slog.Error("a request failed", "err", err)
 	return newProblem(http.StatusInternalServerError, "internal")
+}
+
+// unreachable says that a database (or whatever is asked over a network) is away, starting, stopping or full: that is no
+// fault of the request's, which may be made again.
+func unreachable(err error) bool {
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) {
+		class := pg.Code[:min(2, len(pg.Code))]
+		return class == "08" || class == "53" || class == "57" // connection, resources, operator
+	}
+	var connect *pgconn.ConnectError
+	var network net.Error
+	return errors.As(err, &connect) || errors.As(err, &network) || pgconn.Timeout(err) || pgconn.SafeToRetry(err) ||
+		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) ||
+		errors.Is(err, puddle.ErrClosedPool)
 }
 
 func newProblem(status int, code string) *Problem {
