@@ -3,9 +3,9 @@
 // no Kafka in it: Log is the seam.
 //
 // Read this file first, it is the whole idea: a commit names its parent, and the log's order decides which of two
-// commits on one parent counts. Then frame.go (what a commit holds), stream.go and fold.go (the state that the log
-// adds up to), writer.go (how a command becomes a commit), barrier.go (when "nothing happened" is a true answer), and
-// publisher.go with envelope.go (how accepted events become public).
+// commits on one parent counts. Then journal.go (what a service is given), frame.go (what a commit holds), stream.go and
+// fold.go (the state that the log adds up to), writer.go (how a command becomes a commit), barrier.go (when "nothing
+// happened" is a true answer), and publisher.go with envelope.go (how accepted events become public).
 package journal
 
 import (

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"runtime/debug"
 	"slices"
-	"strconv"
 	"time"
 
 	"github.com/google/uuid"
@@ -516,9 +515,4 @@ func (p *partition[S]) resolve(name string, c Commit, before int64) {
 		p.turn(name)
 		p.tidy(name, l)
 	})
-}
-
-// String is for logs.
-func (c Commit) String() string {
-	return c.ID.String() + " on version " + strconv.FormatInt(c.Parent.Version, 10)
 }
