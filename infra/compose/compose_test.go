@@ -22,8 +22,8 @@ import (
 
 const (
 	project = "wharf-test"
-	ordersA = "150" // of the first load
-	ordersB = "600" // of the load under which parts are killed
+	ordersA = "150"  // of the first load
+	ordersB = "1500" // of the load under which parts are killed
 )
 
 // invoices is the file that WHARF_INVOICES names, or the one beside the checkout; without either, orders are made up.
@@ -44,24 +44,36 @@ type stack struct {
 }
 
 func (s *stack) compose(args ...string) *exec.Cmd {
-	c := exec.CommandContext(context.WithoutCancel(s.t.Context()), "docker", append([]string{"compose", "--project-name", project}, args...)...)
+	args = append([]string{"compose", "--project-name", project}, args...)
+	c := exec.CommandContext(context.WithoutCancel(s.t.Context()), "docker", args...)
 	c.Dir = "../.."
 	c.Env = append(os.Environ(), "PROXY_PORT="+s.port)
 	return c
 }
 
-// must runs a command to its end and says how long that took.
-func (s *stack) must(what string, c *exec.Cmd) string {
+// up brings everything up, as often as it is said, and waits until all of it is healthy.
+func (s *stack) up(scale ...string) *exec.Cmd {
+	return s.compose(append([]string{"up", "--detach", "--wait", "--wait-timeout", "300", "--no-recreate"}, scale...)...)
+}
+
+// timed runs a command to its end and says how long that took.
+func (s *stack) timed(what string, c *exec.Cmd) string {
+	s.t.Helper()
+	began := time.Now()
+	out := s.must(c)
+	s.t.Logf("%-40s %6.1f s", what, time.Since(began).Seconds())
+	return out
+}
+
+// must runs a command to its end and returns what it has printed.
+func (s *stack) must(c *exec.Cmd) string {
 	s.t.Helper()
 	var out, errs bytes.Buffer
 	c.Stdout, c.Stderr = &out, &errs
-	began := time.Now()
-	err := c.Run()
-	s.t.Logf("%-40s %6.1f s", what, time.Since(began).Seconds())
-	if err != nil {
-		s.t.Fatalf("%s: %v\n%s%s", what, err, tail(out.String()), tail(errs.String()))
+	if err := c.Run(); err != nil {
+		s.t.Fatalf("%s: %v\n%s%s", c, err, tail(out.String()), tail(errs.String()))
 	}
-	return out.String()
+	return strings.TrimSpace(out.String())
 }
 
 func tail(s string) string { return s[max(0, len(s)-6000):] }
@@ -73,7 +85,8 @@ func (s *stack) wharf(args ...string) *exec.Cmd {
 func (s *stack) url() string { return "http://127.0.0.1:" + s.port }
 
 func (s *stack) load(orders string) *exec.Cmd {
-	return s.wharf(append([]string{"load", "--url", s.url(), "--orders", orders, "--concurrency", "16", "--json"}, invoices()...)...)
+	args := []string{"load", "--url", s.url(), "--orders", orders, "--concurrency", "16", "--json"}
+	return s.wharf(append(args, invoices()...)...)
 }
 
 func (s *stack) delivered(report, orders string) {
@@ -88,14 +101,25 @@ func (s *stack) delivered(report, orders string) {
 	}
 }
 
-// kill kills the containers of a service's first replica, waits until it is gone and lets it come back: a container that
-// was killed by hand is not started again by its restart policy.
-func (s *stack) kill(service string) {
+// container is the name of a service's first replica.
+func container(service string) string { return project + "-" + service + "-1" }
+
+func (s *stack) inspect(container, format string) string {
 	s.t.Helper()
-	id := strings.Fields(s.must("find "+service, s.compose("ps", "--quiet", service)))[0]
-	s.must("kill "+service, exec.Command("docker", "kill", id))
-	s.must("start "+service+" again", exec.Command("docker", "start", id))
+	return s.must(exec.Command("docker", "inspect", "--format", format, container))
 }
+
+// crash kills the process of a container, and nobody starts it again: its restart policy has to. (It would not after a
+// `docker kill`.) The signal comes from a container that sees all processes, and has a shell.
+func (s *stack) crash(service, image string) {
+	s.t.Helper()
+	pid := s.inspect(container(service), "{{.State.Pid}}")
+	s.timed("crash "+service, exec.Command("docker", "run", "--rm", "--pid", "host", "--network", "none", "--user", "0",
+		"--entrypoint", "sh", image, "-c", "kill -9 "+pid))
+}
+
+// victims are crashed in turn.
+var victims = []string{"orders", "kafka", "projector", "postgres", "inventory", "payments"}
 
 func TestTheShopInContainers(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -105,24 +129,24 @@ func TestTheShopInContainers(t *testing.T) {
 	_, port, _ := net.SplitHostPort(l.Addr().String())
 	_ = l.Close()
 	s := &stack{t: t, port: port, bin: filepath.Join(t.TempDir(), "wharf")}
+	s.must(s.compose("down", "--volumes", "--timeout", "5")) // what an interrupted run has left
 	t.Cleanup(func() {
 		if t.Failed() {
 			logs, _ := s.compose("logs", "--no-color", "--tail", "60").CombinedOutput()
 			t.Logf("the containers say:\n%s", logs)
 		}
-		s.must("take it down", s.compose("down", "--volumes", "--timeout", "5"))
+		s.timed("take it down", s.compose("down", "--volumes", "--timeout", "5"))
 	})
-	s.must("build the tool", exec.Command("go", "build", "-o", s.bin, "../../cmd/wharf"))
-	s.must("build the image", s.compose("build", "topics"))
-	s.must("start", s.compose("up", "--detach", "--wait"))
-
-	report := s.must("load "+ordersA+" orders", s.load(ordersA))
-	s.delivered(report, ordersA)
-	s.must("scale", s.compose("up", "--detach", "--wait", "--no-recreate", "--scale", "orders=3", "--scale", "projector=3"))
+	s.timed("build the tool", exec.Command("go", "build", "-o", s.bin, "../../cmd/wharf"))
+	s.timed("build the image", s.compose("build", "topics"))
+	s.timed("start", s.up())
+	s.delivered(s.timed("load "+ordersA+" orders", s.load(ordersA)), ordersA)
+	scale := []string{"--scale", "orders=3", "--scale", "projector=3"}
+	s.timed("scale", s.up(scale...))
 
 	loading := s.load(ordersB)
-	var out bytes.Buffer
-	loading.Stdout = &out
+	var report bytes.Buffer
+	loading.Stdout = &report
 	progress, err := loading.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -138,29 +162,38 @@ func TestTheShopInContainers(t *testing.T) {
 			lines <- scan.Text()
 		}
 	}()
-	// Each part is killed when the load has gone on for a moment since the one before.
-	for _, service := range []string{"orders", "projector", "kafka", "postgres", "payments", "inventory"} {
-		line, open := <-lines
-		for open && !strings.HasPrefix(line, "placed") {
-			t.Log(line)
-			line, open = <-lines
-		}
-		if !open {
-			t.Logf("the load has ended before %s was killed", service)
-			break
-		}
-		t.Log(line)
-		s.kill(service)
-	}
+	image := s.inspect(container("postgres"), "{{.Config.Image}}")
+	left := victims
 	for line := range lines {
 		t.Log(line)
+		// The first is crashed when orders are being placed, each other one when commands have gone on since the last.
+		if len(left) > 0 && strings.HasPrefix(line, "placed ") && !strings.HasPrefix(line, "placed 0 ") {
+			s.crash(left[0], image)
+			left = left[1:]
+		}
 	}
 	if err := loading.Wait(); err != nil {
 		t.Fatalf("the load: %v", err)
 	}
-	t.Logf("%-40s %6.1f s", "load "+ordersB+" orders under kills", time.Since(began).Seconds())
-	s.delivered(out.String(), ordersB)
-	s.must("wait until all are healthy", s.compose("up", "--detach", "--wait", "--no-recreate", "--scale", "orders=3", "--scale", "projector=3"))
-	s.must("replay", s.compose("exec", "-T", "projector", "wharf", "replay", "--all"))
-	t.Log(s.must("audit", s.wharf("audit", "--url", s.url())))
+	t.Logf("%-40s %6.1f s", "load "+ordersB+" orders under crashes", time.Since(began).Seconds())
+	if len(left) > 0 {
+		t.Errorf("the load had ended before %s were crashed: it was too small", left)
+	}
+	s.delivered(report.String(), ordersB)
+	s.timed("wait until all are healthy", s.up(scale...))
+	for _, service := range victims {
+		if n := s.inspect(container(service), "{{.RestartCount}}"); n == "0" {
+			t.Errorf("%s was not started again by its restart policy", service)
+		}
+	}
+	s.timed("replay", s.compose("exec", "-T", "projector", "wharf", "replay", "--all"))
+	t.Log(s.timed("audit", s.wharf("audit", "--url", s.url())))
+
+	s.timed("stop", s.compose("stop"))
+	for line := range strings.Lines(s.must(s.compose("ps", "--all", "--format", "{{.Name}} {{.Service}} {{.ExitCode}}"))) {
+		// A JVM that was told to end says so with its exit code.
+		if code := strings.Fields(line)[2]; code != "0" && !(strings.Contains(line, " kafka ") && code == "143") {
+			t.Errorf("it did not stop by itself in time: %s", line)
+		}
+	}
 }
