@@ -8,6 +8,10 @@ import (
 )
 
 // Events is a service's vocabulary: the Go type of every stored name it ever recorded.
+//
+// A name and what its fields mean never change; fields may be added. A new name is a release of its own: every replica
+// has to know it before the first one records it, for one that does not quarantines the stream until it is upgraded.
+// So deploy the event and its Evolve first, and the decision that makes it after that.
 type Events map[string]reflect.Type
 
 // EventsOf makes a vocabulary of one zero value an event. It panics when two share a stored name: that is a slip of

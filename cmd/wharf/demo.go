@@ -47,7 +47,7 @@ func (c *demoCmd) Run(ctx context.Context) (err error) {
 		return err
 	}
 	if os.Getenv("GOGC") == "" {
-		// Twenty programs in one process make much garbage and keep little: let more of it lie, up to a limit.
+		// Eight programs in one process make much garbage and keep little: let more of it lie, up to a limit.
 		debug.SetGCPercent(400)
 		debug.SetMemoryLimit(3 << 29) // 1.5 GiB
 	}

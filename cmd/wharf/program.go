@@ -198,18 +198,22 @@ func (s *service[S]) run(ctx context.Context) error {
 		context.AfterFunc(life, cancel) // the journal has failed
 		return s.policies.Run(working)
 	})
-	group.Go(func() error { return checkNowAndThen(life, s.client, s.specs) })
+	group.Go(func() error { return s.watch(life) })
 	return group.Wait()
 }
 
-// ready does not mind a partition that has halted, of the journal or of a source: that is told by logs and metrics, and
-// must not close the others.
+// ready does not mind a partition that has halted, of the journal or of a source: that must not close the others. It is
+// said in the log every minute (see watch), and /projections shows the policies' lag.
 func (s *service[S]) ready() error { return s.journal.Ready() }
 
-// checkNowAndThen ends with an error when somebody has made the topics unsafe.
-func checkNowAndThen(ctx context.Context, client *kafka.Client, specs []kafka.TopicSpec) error {
+// watch looks after the service once a minute: it ends with an error when somebody has made the topics unsafe, and
+// says again what has halted.
+func (s *service[S]) watch(ctx context.Context) error {
 	for sleep(ctx, time.Minute) {
-		err := client.CheckTopics(ctx, specs)
+		if err := errors.Join(s.journal.Halted(), s.policies.Halted()); err != nil {
+			slog.Error("partitions are halted", "service", s.name, "err", err)
+		}
+		err := s.client.CheckTopics(ctx, s.specs)
 		var unsafe *kafka.UnsafeTopicsError
 		if errors.As(err, &unsafe) {
 			return err

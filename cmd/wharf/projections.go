@@ -20,7 +20,6 @@ type storesFlag struct {
 	KafkaBrokers []string `name:"kafka-brokers" env:"WHARF_KAFKA_BROKERS" placeholder:"HOST:PORT" help:"Kafka's brokers; those of the running demo if not given."`
 	DatabaseURL  string   `name:"database-url" env:"WHARF_DATABASE_URL" placeholder:"URL" help:"The Postgres of the read models; that of the running demo if not given."`
 	demoFlag
-	partitionsFlag
 }
 
 // resolve finds what was not named in the running demo.

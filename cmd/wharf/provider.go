@@ -8,9 +8,8 @@ import (
 	"net/http"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus/promhttp"
-
 	"wharf/infra/provider"
+	"wharf/infra/telemetry"
 	"wharf/infra/web"
 )
 
@@ -21,20 +20,20 @@ type paymentProviderCmd struct {
 }
 
 type faultFlags struct {
-	ProviderDecline float64       `env:"WHARF_PROVIDER_DECLINE" default:"0" help:"Share of authorisations that the stand-in provider declines, 0 to 1."`
-	ProviderTimeout float64       `name:"provider-no-answer" env:"WHARF_PROVIDER_NO_ANSWER" default:"0" help:"Share of requests that it does and never answers."`
-	ProviderSlow    float64       `env:"WHARF_PROVIDER_SLOW" default:"0" help:"Share of requests that it answers late."`
-	ProviderRepeat  float64       `env:"WHARF_PROVIDER_REPEAT" default:"0" help:"Share of requests that it does and answers 500, so that they come again."`
-	ProviderDelay   time.Duration `env:"WHARF_PROVIDER_DELAY" default:"1s" help:"How late late answers are."`
+	ProviderDecline  float64       `env:"WHARF_PROVIDER_DECLINE" default:"0" help:"Share of authorisations that the stand-in provider declines, 0 to 1."`
+	ProviderNoAnswer float64       `env:"WHARF_PROVIDER_NO_ANSWER" default:"0" help:"Share of requests that it does and never answers."`
+	ProviderSlow     float64       `env:"WHARF_PROVIDER_SLOW" default:"0" help:"Share of requests that it answers late."`
+	ProviderRepeat   float64       `env:"WHARF_PROVIDER_REPEAT" default:"0" help:"Share of requests that it does and answers 500, so that they come again."`
+	ProviderDelay    time.Duration `env:"WHARF_PROVIDER_DELAY" default:"1s" help:"How late late answers are."`
 }
 
 func (f faultFlags) faults() (provider.Faults, error) {
-	for _, rate := range []float64{f.ProviderDecline, f.ProviderTimeout, f.ProviderSlow, f.ProviderRepeat} {
+	for _, rate := range []float64{f.ProviderDecline, f.ProviderNoAnswer, f.ProviderSlow, f.ProviderRepeat} {
 		if rate < 0 || rate > 1 {
 			return provider.Faults{}, usageError("the shares of the provider's faults must be from 0 to 1")
 		}
 	}
-	return provider.Faults{Decline: f.ProviderDecline, Timeout: f.ProviderTimeout, Slow: f.ProviderSlow,
+	return provider.Faults{Decline: f.ProviderDecline, Timeout: f.ProviderNoAnswer, Slow: f.ProviderSlow,
 		Repeat: f.ProviderRepeat, Delay: f.ProviderDelay}, nil
 }
 
@@ -59,7 +58,7 @@ func serveProvider(ctx context.Context, l net.Listener, o provider.Options) erro
 	}
 	mux := http.NewServeMux()
 	mux.Handle("/", server)
-	mux.Handle("GET /metrics", promhttp.Handler())
+	mux.Handle("GET /metrics", telemetry.Metrics())
 	context.AfterFunc(ctx, func() { _ = server.Close() }) // lets go of requests that are never answered
 	return web.Serve(ctx, l, mux)
 }

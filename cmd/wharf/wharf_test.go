@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -18,8 +19,12 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"wharf/commands"
 	"wharf/domain"
+	"wharf/domain/inventory"
 	"wharf/domain/orders"
+	"wharf/domain/payments"
+	"wharf/domain/shipping"
 	"wharf/infra/shop"
 )
 
@@ -319,4 +324,30 @@ func TestUsageErrorsExitWith2(t *testing.T) {
 	}
 	wantCode(t, 0, "--help")
 	wantCode(t, 0, "demo", "--help")
+}
+
+// A policy on an event of a service that is not followed would never fire.
+func TestEveryPolicyHasItsSource(t *testing.T) {
+	vocabularies := map[string]domain.Events{"orders": orders.Events, "inventory": inventory.Events,
+		"payments": payments.Events, "shipping": shipping.Events}
+	check := func(service, event string) {
+		for owner, vocabulary := range vocabularies {
+			if _, known := vocabulary[event]; known && slices.Contains(sources[service], owner) {
+				return
+			}
+		}
+		t.Errorf("%s reacts to %s, and follows only %v", service, event, sources[service])
+	}
+	for _, p := range commands.Orders {
+		check("orders", p.Event)
+	}
+	for _, p := range commands.Inventory {
+		check("inventory", p.Event)
+	}
+	for _, p := range commands.Payments {
+		check("payments", p.Event)
+	}
+	for _, p := range commands.Shipping {
+		check("shipping", p.Event)
+	}
 }

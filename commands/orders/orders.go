@@ -36,7 +36,7 @@ type orderLine struct {
 	UnitPrice commands.Price `json:"unit_price"`
 }
 
-// Resolve checks what the fields have to do with each other.
+// Resolve checks what the fields have to do with each other: the same as the domain does, but it names the line.
 func (p *place) Resolve(c huma.Context) []error {
 	errs := p.Conditions.Resolve(c)
 	total := domain.Money{}

@@ -52,7 +52,7 @@ func (Shipped) EventName() string             { return "stock.shipped.v1" }
 // Events is the vocabulary of the inventory service.
 var Events = domain.EventsOf(Received{}, Adjusted{}, Reserved{}, ReservationRejected{}, Released{}, Shipped{})
 
-// Limit bounds how many units of one SKU can be on the shelf, so that sums never overflow.
+// Limit bounds how many units of one SKU can be available when more are taken in, so that sums never overflow.
 const Limit = 1 << 53
 
 // Stock is the state of one SKU. The zero value has never been received.

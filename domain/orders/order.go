@@ -85,7 +85,7 @@ func (o Order) awaitsConfirmation() bool {
 	return o.Status == StatusPlaced || o.Status == StatusStockConfirmed
 }
 
-// DecidePlace places the order. The lines have been checked by Total.
+// DecidePlace places the order, if its lines have a Total.
 func (o Order) DecidePlace(customer string, lines []Line, deadline time.Time) ([]domain.Event, error) {
 	if o.Status != "" {
 		return nil, domain.Refuse("order-already-placed", "an order with this id was placed already")

@@ -159,8 +159,8 @@ func (p Payment) DecideCapture() ([]domain.Event, error) {
 	return []domain.Event{CaptureRequested{p.money(p.Authorized)}}, nil
 }
 
-// DecideEnd undoes whatever was done for an order that ended without delivery; refund is the id of the refund, if it
-// takes one. (Capture comes with dispatch, and an order ends so only if its shipment did not leave: so in truth there
+// DecideEnd undoes what was done for an order that ended without delivery; refund is the id of the refund, if it takes
+// one. A capture under way is left alone. (Capture comes with dispatch, and an order ends so only if its shipment did not leave: so in truth there
 // is never anything to pay back, but money is not the place to rely on others.)
 func (p Payment) DecideEnd(refund uuid.UUID) ([]domain.Event, error) {
 	switch p.Status {

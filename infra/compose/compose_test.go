@@ -26,13 +26,10 @@ const (
 	ordersB = "1500" // of the load under which parts are killed
 )
 
-// invoices is the file that WHARF_INVOICES names, or the one beside the checkout; without either, orders are made up.
+// invoices is the file that WHARF_INVOICES names; without it, orders are made up.
 func invoices() []string {
 	if file := os.Getenv("WHARF_INVOICES"); file != "" {
 		return []string{"--file", file}
-	}
-	if files, _ := filepath.Glob("../../../shared/data/*.csv.gz"); len(files) > 0 {
-		return []string{"--file", files[0]}
 	}
 	return nil
 }

@@ -29,7 +29,7 @@ const (
 	headerEvents     = "wharf-events"
 	headerPartitions = "wharf-partitions"
 	headerTrace      = "traceparent"
-	headerSkip       = "wharf-skip" // of an operator's record: the offset to pass over, see Skip
+	headerSkip       = "wharf-skip" // of an operator's record: the offset to pass over, see NewSkipRecord
 )
 
 // Head is where a stream stands: its last accepted commit and how many events it has. The zero Head is that of a
@@ -49,14 +49,19 @@ type Commit struct {
 // Verdict is what becomes of a record.
 type Verdict int
 
-// The verdicts. All but Unreadable are final: every reader of the log, at any time, comes to the same one.
+// String is the verdict's name in metrics and logs.
+func (v Verdict) String() string {
+	return [...]string{"accepted", "rejected", "impossible", "foreign", "malformed", "misplaced", "too_new"}[v]
+}
+
+// The verdicts. All but TooNew are final: every reader of the log, at any time, comes to the same one.
 const (
 	Accepted   Verdict = iota
 	Rejected           // lost: another commit was first on the same parent
 	Impossible         // rejected, and from a version that the stream never had: no correct writer does that
 	Foreign            // ignored: not a commit
 	Malformed          // ignored: a header is missing, repeated or makes no sense
-	Misplaced          // ignored: its key does not belong into this partition
+	Misplaced          // ignored: its key does not belong here, or its writer believes in another partition count
 	TooNew             // not decided: a newer program's format; the reader must halt
 )
 

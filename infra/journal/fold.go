@@ -35,11 +35,6 @@ func (p *partition[S]) haltedGauge(halted float64) {
 	haltedPartitions.WithLabelValues(p.Service, strconv.Itoa(int(p.number))).Set(halted)
 }
 
-// String is the verdict's name in metrics and logs.
-func (v Verdict) String() string {
-	return [...]string{"accepted", "rejected", "impossible", "foreign", "malformed", "misplaced", "too_new"}[v]
-}
-
 // partition is the fold of one partition of the journal, with the commands that wait for it. One mutex guards it all:
 // every step is short, and none waits for the log.
 type partition[S commands.State[S]] struct {
@@ -69,7 +64,7 @@ type partition[S commands.State[S]] struct {
 // mark: before the record at offset, seq events had been accepted.
 type mark struct{ offset, seq int64 }
 
-const marksEvery = 1024 // commits
+const marksEvery = 1024 // offsets
 
 func newPartition[S commands.State[S]](j *Journal[S], number int32) *partition[S] {
 	return &partition[S]{

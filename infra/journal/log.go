@@ -2,6 +2,7 @@ package journal
 
 import (
 	"context"
+	"errors"
 	"time"
 )
 
@@ -51,6 +52,10 @@ type Log interface {
 	// an earlier try of it may have got in.
 	Append(ctx context.Context, r Record) error
 }
+
+// ErrRefused marks an append that will never succeed, however often it is tried: the record is too large, or this
+// program may not write to the topic.
+var ErrRefused = errors.New("refused by the log")
 
 // PublicLog is a service's public topic: read by everyone, appended to by the publisher alone.
 type PublicLog interface {

@@ -1,11 +1,5 @@
 package journal
 
-import "errors"
-
-// ErrRefused marks an append that will never succeed, however often it is tried: the record is too large, or this
-// program may not write to the topic.
-var ErrRefused = errors.New("refused by the log")
-
 // Partition is where a key belongs: the murmur2 hash that Kafka's own clients use by default, so that any tool in any
 // language finds an entity's partition.
 func Partition(key []byte, partitions int) int32 {

@@ -74,7 +74,7 @@ func (s *stream[S]) answered(key digest) *answer {
 }
 
 // accept folds an accepted commit in. It counts whatever its frame holds; a frame that cannot be read quarantines
-// the stream, which then stands still for good. seq is the partition's count before the commit. It returns the answers
+// the stream, which then stands still for this program. seq is the partition's count before the commit. It returns the answers
 // to keyed commands that the commit holds.
 func (s *stream[S]) accept(name string, c Commit, value []byte, seq int64, at func(int64) domain.Position,
 	vocabulary domain.Events) (told []*answer, err error) {

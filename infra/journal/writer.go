@@ -248,7 +248,7 @@ func (g *group[S]) decide(c *call[S]) bool {
 		return true
 	}
 	if g.stream.quarantined {
-		c.answer(commands.Receipt{}, commands.ErrQuarantined) // which nothing ever lifts
+		c.answer(commands.Receipt{}, commands.ErrQuarantined) // for good, as far as this program can tell
 		return true
 	}
 	if c.Group != "" && g.stream.heard(c.Group, c.Cause) {

@@ -391,7 +391,7 @@ func TestOpenSaysWhatIsWrong(t *testing.T) {
 
 func TestUnreadableIsTheJournals(t *testing.T) {
 	if name := (projections.Unreadable{}).EventName(); name != journal.Unreadable {
-		t.Errorf("%s and %s are the same event", name, journal.Unreadable)
+		t.Errorf("%s and %s must be the same event", name, journal.Unreadable)
 	}
 }
 
