@@ -122,13 +122,13 @@ func (p *partition[S]) published(ctx context.Context, e domain.Recorded, r Recor
 			if !p.accepted(j.Offset) {
 				continue
 			}
-			public := p.publicRecords(j, seq.seq)
 			if j.Offset == e.Offset {
+				public := p.publicRecords(j, seq.seq)
 				ok = e.Index >= 0 && e.Index < len(public) && same(public[e.Index], r)
 				at = place{mark{j.Offset, seq.seq}, e.Index + 1}
 				return nil
 			}
-			seq.seq += int64(len(public))
+			seq.seq += headersOf(j).number(headerEvents, MaxEvents)
 		}
 		return nil
 	})

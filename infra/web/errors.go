@@ -132,7 +132,7 @@ var codes = map[int]string{
 }
 
 // newError is huma's constructor of errors: it is given its own findings with a status, and a handler's error with 500.
-func newError(status int, message string, errs ...error) huma.StatusError {
+func newError(status int, message string, errs ...error) *Problem {
 	if message == "cannot read request body" {
 		status = http.StatusBadRequest // the client broke off, or its chunks are none
 		errs = nil

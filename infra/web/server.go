@@ -19,6 +19,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/danielgtaylor/huma/v2"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
 	"go.opentelemetry.io/contrib/instrumentation/net/http/otelhttp"
@@ -71,11 +72,11 @@ func Handler(mux *http.ServeMux, document []byte, ready func() error) http.Handl
 				writeProblem(w, newProblem(http.StatusInternalServerError, "internal"))
 			}
 		}()
-		_, route := mux.Handler(r)
 		if path.Clean(r.URL.EscapedPath()) != r.URL.EscapedPath() { // which the mux would redirect
 			writeProblem(w, newProblem(http.StatusNotFound, "no-such-path"))
 			return
 		}
+		_, route := mux.Handler(r)
 		if route == "" {
 			noRoute(w, mux, r)
 			return
@@ -87,7 +88,6 @@ func Handler(mux *http.ServeMux, document []byte, ready func() error) http.Handl
 		start := time.Now()
 		ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 		defer cancel()
-		// The clone keeps the pattern's values: the mux sets them anew on the request that it is given.
 		status := serve(mux, w, r.WithContext(ctx))
 		requestSeconds.WithLabelValues(route, fmt.Sprint(status)).Observe(time.Since(start).Seconds())
 	}), "http", otelhttp.WithSpanNameFormatter(func(_ string, r *http.Request) string { return r.Method }))
@@ -97,23 +97,18 @@ func Handler(mux *http.ServeMux, document []byte, ready func() error) http.Handl
 func badQuery(r *http.Request) *Problem {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
-		p := newProblem(http.StatusBadRequest, codes[http.StatusBadRequest])
-		p.Detail = "the query string cannot be read"
-		return p
+		return newError(http.StatusBadRequest, "the query string cannot be read")
 	}
-	var p *Problem
+	var errs []error
 	for _, name := range slices.Sorted(maps.Keys(query)) {
 		if values := query[name]; len(values) > 1 || values[0] == "" {
-			if p == nil {
-				p = newProblem(http.StatusUnprocessableEntity, codes[http.StatusUnprocessableEntity])
-				p.Detail = "validation failed"
-			}
-			if len(p.Errors) < maxFields {
-				p.Errors = append(p.Errors, Field{cut("query." + name), "expected one value that is not empty"})
-			}
+			errs = append(errs, &huma.ErrorDetail{Location: "query." + name, Message: "expected one value that is not empty"})
 		}
 	}
-	return p
+	if errs == nil {
+		return nil
+	}
+	return newError(http.StatusUnprocessableEntity, "validation failed", errs...)
 }
 
 // noRoute tells an unknown path from a wrong method.
