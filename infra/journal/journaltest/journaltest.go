@@ -21,10 +21,15 @@ type Counter struct {
 	Done bool
 }
 
-// Counted and Finished are its events.
+// Counted and Finished are its events. Op names what asked for them, where a history is taken.
 type (
-	Counted  struct{ By int }
-	Finished struct{}
+	Counted struct {
+		By int
+		Op string `json:",omitempty"`
+	}
+	Finished struct {
+		Op string `json:",omitempty"`
+	}
 )
 
 func (Counted) EventName() string  { return "counter.counted.v1" }
@@ -56,7 +61,7 @@ func Count(by, limit int) commands.Decision[Counter] {
 		if c.N+by > limit {
 			return nil, ErrFull
 		}
-		return []domain.Event{Counted{by}}, nil
+		return []domain.Event{Counted{By: by}}, nil
 	}
 }
 

@@ -225,7 +225,7 @@ func runProtocol(t *testing.T, topics Topics) {
 				if c.N%10 == 9 && i%10 != 9 {
 					return nil, errors.New("out of order")
 				}
-				return []domain.Event{Counted{1}}, nil
+				return []domain.Event{Counted{By: 1}}, nil
 			})
 		}
 		for range 2 { // and again
