@@ -2,6 +2,8 @@ package journal
 
 import (
 	"context"
+	"maps"
+	"slices"
 	"time"
 
 	"wharf/commands"
@@ -74,7 +76,7 @@ func (b *barrier[S]) passed(p *partition[S]) {
 			c.proven = true
 		} else if !p.ready {
 			p.ready = true
-			for name := range p.lanes {
+			for _, name := range slices.Sorted(maps.Keys(p.lanes)) { // in an order that a simulation can repeat
 				p.turn(name)
 			}
 		}

@@ -171,8 +171,18 @@ func (a *Attempt) Return(r commands.Receipt, err error) {
 	a.receipt, a.err, a.known, a.answer = r, err, true, a.h.now()
 }
 
+// Attempts is all that was asked so far.
+func (h *History) Attempts() []*Attempt {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Clone(h.attempts)
+}
+
 // Interval is when the attempt was called and answered; math.MaxInt64 for one that was not answered.
 func (a *Attempt) Interval() (call, answer int64) { return a.call, a.answer }
+
+// Done says that the client was told that its wish is fulfilled.
+func (a *Attempt) Done() bool { return a.known && a.err == nil }
 
 // open says that the attempt may have had an effect, or may yet have one.
 func (a *Attempt) open() bool { return !a.known || errors.Is(a.err, commands.ErrUnknownOutcome) }

@@ -1,0 +1,32 @@
+package journal
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+)
+
+// Fingerprint is all that the partition's fold adds up to, and the offset up to which it has folded.
+func (j *Journal[S]) Fingerprint(partition int32) (next int64, state string) {
+	p := j.partitions[partition]
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var b strings.Builder
+	fmt.Fprintln(&b, p.seq, p.ignored, p.marks)
+	for _, name := range slices.Sorted(maps.Keys(p.streams)) {
+		s := p.streams[name]
+		fmt.Fprintln(&b, name, s.Head, s.seq, s.state, s.causes, s.quarantined)
+		for _, a := range s.recent {
+			fmt.Fprintln(&b, a)
+		}
+		if s.creator != nil {
+			fmt.Fprintln(&b, s.creator)
+		}
+	}
+	return p.next, b.String()
+}
+
+func (a *answer) String() string {
+	return fmt.Sprintf("%x %x %v %v", a.key, a.request, a.receipt, a.refusal)
+}
