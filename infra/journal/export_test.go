@@ -28,5 +28,9 @@ func (j *Journal[S]) Fingerprint(partition int32) (next int64, state string) {
 }
 
 func (a *answer) String() string {
-	return fmt.Sprintf("%x %x %v %v", a.key, a.request, a.receipt, a.refusal)
+	refusal := ""
+	if a.refusal != nil {
+		refusal = a.refusal.Code
+	}
+	return fmt.Sprintf("%x %x %v %s", a.key, a.request, a.receipt, refusal)
 }

@@ -2,7 +2,6 @@ package journal_test
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -249,6 +248,15 @@ func (w *world) garbage() {
 		r := journal.Record{Key: []byte(stream), Value: []byte("{}")}
 		switch known := w.public.partitions[p].records; {
 		case len(known) == 0:
+		case w.rnd.IntN(3) == 0: // an event that is told already, with a place that it does not have
+			e, ok := journal.ParseEvent("counters.events", known[w.rnd.IntN(len(known))].Record)
+			if !ok || w.consumed(p) == 0 {
+				return
+			}
+			e.Seq = 1 + w.rnd.Int64N(int64(w.consumed(p)))
+			e.Offset, e.Index = w.rnd.Int64N(w.journal.partitions[p].end), w.rnd.IntN(3)
+			e.Data = []byte(`{"forged": true}`)
+			r = journal.NewEventRecord(e)
 		case w.rnd.IntN(2) == 0: // an old record again, with another content
 			r = known[w.rnd.IntN(len(known))].Record
 			r.Value = []byte(`{"forged": true}`)
@@ -319,5 +327,3 @@ func (w *world) poison() {
 	r.Headers[5].Value = []byte(strconv.Itoa(simPartitions))
 	w.put(w.journal, journal.Partition([]byte(stream), simPartitions), simRecord{Record: r, skip: -1})
 }
-
-var errSeed = errors.New("a seed fails")

@@ -19,6 +19,7 @@ var (
 	simSeeds = flag.Int64("seeds", 2000, "how many seeds the simulation runs")
 	simFrom  = flag.Int64("from", 1, "the first of them")
 	simSeed  = flag.Uint64("seed", 0, "the one seed to run, with its whole trace")
+	simShort = flag.Bool("brief", false, "tell no trace of a seed that fails")
 )
 
 // simulate runs one seed. It tells what went wrong, and its trace.
@@ -79,6 +80,9 @@ func drawnSteps(seed uint64) int64 { return newWorld(seed, 0, nil).steps }
 // make it fail.
 func report(t *testing.T, seed uint64, err error) {
 	t.Errorf("seed %d: %v", seed, err)
+	if *simShort {
+		return
+	}
 	steps := drawnSteps(seed)
 	without := map[string]bool{}
 	smallest, smallestErr := simulate(t, seed, steps, nil)

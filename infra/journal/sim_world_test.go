@@ -88,8 +88,13 @@ func newWorld(seed uint64, steps int64, without map[string]bool) *world {
 		w.clients = append(w.clients, &client{w: w, number: i})
 	}
 	if w.rnd.IntN(2) == 0 {
-		for i := range 1 + w.rnd.IntN(3) {
-			w.sources = append(w.sources, &source{w: w, number: i, topic: []string{"alpha.events", "beta.events"}[i%2], partition: int32(i / 2)})
+		// Causes differ by topic, by partition, or by consumer group alone.
+		all := []*source{{topic: "alpha.events", group: "policies"}, {topic: "beta.events", group: "policies"},
+			{topic: "alpha.events", partition: 1, group: "policies"}, {topic: "alpha.events", group: "others"}}
+		w.rnd.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+		w.sources = all[:1+w.rnd.IntN(3)]
+		for i, s := range w.sources {
+			s.w, s.number = w, i
 		}
 	}
 	return w
@@ -328,6 +333,7 @@ type source struct {
 	number    int
 	topic     string
 	partition int32
+	group     string
 	events    []sourceEvent
 	committed int // by whoever owned it
 	owners    []*owner
@@ -374,7 +380,7 @@ func (s *source) happen() {
 		w.wishes++
 		e.targets = append(e.targets, stream)
 		e.asks[stream] = journaltest.Ask{Op: fmt.Sprint("p", w.wishes), Stream: stream, What: journaltest.Must, By: 1, Limit: 1 << 20,
-			IfMatch: commands.AnyVersion, Group: "policies",
+			IfMatch: commands.AnyVersion, Group: s.group,
 			Cause: domain.Position{Topic: s.topic, Partition: s.partition, Seq: int64(len(s.events)) + 1}}
 	}
 	if len(e.targets) > 0 {
