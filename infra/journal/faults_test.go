@@ -498,3 +498,17 @@ func TestTooManyCallsAreTurnedAway(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestTheConsumerRule(t *testing.T) {
+	event := func(seq int64) domain.Recorded {
+		return domain.Recorded{Position: domain.Position{Topic: "t", Seq: seq}}
+	}
+	for seq, want := range map[int64]bool{1: false, 4: false, 5: false, 6: true} {
+		if process, err := journal.Next(5, event(seq)); process != want || err != nil {
+			t.Errorf("event %d after 5: %v, %v", seq, process, err)
+		}
+	}
+	if _, err := journal.Next(5, event(7)); err == nil {
+		t.Error("event 7 after 5: the gap is not noticed")
+	}
+}

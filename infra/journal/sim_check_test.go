@@ -119,10 +119,8 @@ func (w *world) check() error {
 	if err := w.checkTimes(effects); err != nil {
 		return err
 	}
-	for _, s := range w.sources {
-		if !s.finished() {
-			return fmt.Errorf("%s/%d is done up to %d of %d", s.topic, s.partition, s.committed, len(s.events))
-		}
+	if err := w.checkSources(events, effects); err != nil {
+		return err
 	}
 	return w.history.Check(events)
 }
@@ -205,6 +203,30 @@ func (w *world) readable(p int32, offset int64) (step int64) {
 		step = max(step, first)
 	}
 	return step
+}
+
+// checkSources looks for events of other services that were acked and have not been heeded. Only a closed stream does
+// not heed them.
+func (w *world) checkSources(events []domain.Recorded, effects map[string]journaltest.Effect) error {
+	closed := map[string]bool{}
+	for _, e := range events {
+		if e.Name == (journaltest.Finished{}).EventName() {
+			closed[e.Stream] = true
+		}
+	}
+	for _, s := range w.sources {
+		if !s.finished() {
+			return fmt.Errorf("%s/%d is done up to %d of %d", s.topic, s.partition, s.committed, len(s.events))
+		}
+		for i, e := range s.events[:s.committed] {
+			for target, a := range e.asks {
+				if _, done := effects[a.Op]; !done && !closed[target] && !w.poisoned[target] {
+					return fmt.Errorf("event %d of %s/%d was acked, and %s has not heard of it", i+1, s.topic, s.partition, target)
+				}
+			}
+		}
+	}
+	return nil
 }
 
 // checkTimes holds every effect against the time of the attempts at it: its commit was proposed while one was under way
@@ -321,7 +343,7 @@ func (w *world) poison() {
 	if head.Commit == uuid.Nil || w.rnd.IntN(8) > 0 {
 		return
 	}
-	w.poisoned = true
+	w.poisoned[stream] = true
 	w.say("somebody poisons %s", stream)
 	r := commit(stream, (&idSource{random: w.rnd}).next().String(), head.Commit.String(), fmt.Sprint(head.Version), "2", []byte("forged"))
 	r.Headers[5].Value = []byte(strconv.Itoa(simPartitions))

@@ -29,6 +29,9 @@ func simulate(t *testing.T, seed uint64, steps int64, without map[string]bool) (
 		w.tell = steps > 0
 		err = w.run()
 	})
+	if err == nil {
+		err = w.check() // outside, where time passes
+	}
 	return w, err
 }
 

@@ -52,7 +52,7 @@ type world struct {
 	oldVocabulary   bool              // the replica in slot 0 does not know every event
 	created         map[string]bool   // streams that somebody was told of
 	wishes          int
-	poisoned        bool
+	poisoned        map[string]bool // streams
 	violation       error
 
 	mu       sync.Mutex // of what goroutines other than the scheduler touch
@@ -63,13 +63,14 @@ const simPartitions = 2
 
 // The faults of the simulation, by name. A seed draws which of them occur, and how often.
 var allFaults = []string{"append", "refused", "end", "slow", "crash", "pause", "impatience", "garbage", "newer format",
-	"poison", "holes", "publishers", "rebalance", "old vocabulary", "time"}
+	"poison", "holes", "publishers", "rebalance", "bugs", "old vocabulary", "time"}
 
 func newWorld(seed uint64, steps int64, without map[string]bool) *world {
 	w := &world{
 		rnd: rand.New(rand.NewPCG(seed, 0x5eed)), steps: steps, faults: map[string]bool{},
 		journal: newTopic("counters.journal", simPartitions), public: newTopic("counters.events", simPartitions),
 		refused: map[string]bool{}, sent: map[string]int64{}, prints: map[string]string{}, created: map[string]bool{},
+		poisoned: map[string]bool{},
 	}
 	w.history.Clock = func() int64 { return w.step }
 	if drawn := 100 + w.rnd.Int64N(500); w.steps == 0 {
@@ -275,7 +276,7 @@ func (c *client) hear() {
 	c.w.say("client %d hears %v, %v", c.number, c.receipt, c.err)
 	open := errors.Is(c.err, commands.ErrUnknownOutcome) || errors.Is(c.err, commands.ErrConflict) || errors.Is(c.err, commands.ErrNotReady)
 	c.again = c.wish.Key != "" && open
-	if errors.Is(c.err, commands.ErrQuarantined) && !c.w.poisoned && !c.w.oldVocabulary {
+	if errors.Is(c.err, commands.ErrQuarantined) && !c.w.poisoned[c.wish.Stream] && !c.w.oldVocabulary {
 		c.w.violate(fmt.Errorf("%s is quarantined, but all that was written can be read", c.wish.Stream))
 	}
 	if c.err == nil && c.receipt.Version > 0 {
@@ -297,6 +298,10 @@ func (c *client) dream() {
 		}
 		return // or the same once more, though it has its answer
 	}
+	if other := w.clients[w.rnd.IntN(len(w.clients))]; other.busy() && other.wish.Key != "" && w.rnd.IntN(2) == 0 {
+		c.wish = other.wish // two ask the same at the same time
+		return
+	}
 	w.wishes++
 	a := journaltest.Ask{Op: fmt.Sprint("w", w.wishes), Stream: w.streams[w.rnd.IntN(len(w.streams))], IfMatch: commands.AnyVersion}
 	switch n := w.rnd.IntN(20); {
@@ -304,6 +309,9 @@ func (c *client) dream() {
 		a.What, a.By, a.Limit = journaltest.Add, 1+w.rnd.IntN(3), 1<<20
 		if w.rnd.IntN(3) == 0 {
 			a.Limit = 4 + w.rnd.IntN(12)
+		}
+		if w.rnd.IntN(3) == 0 {
+			a.By = -a.By
 		}
 		if w.rnd.IntN(6) == 0 {
 			a.Parts = 2 + w.rnd.IntN(2)
@@ -420,6 +428,9 @@ func (o *owner) take() {
 	o.next++
 }
 
+// errBug is what a decision fails with, now and then, that is neither a refusal nor an outcome.
+var errBug = fmt.Errorf("%w: a bug", commands.ErrNotReady)
+
 // hand hands the first few events of the lane to the journal.
 func (o *owner) hand(l *policyLane) {
 	w := o.s.w
@@ -430,6 +441,9 @@ func (o *owner) hand(l *policyLane) {
 	for _, i := range l.run {
 		a := o.s.events[i].asks[l.target]
 		cmds, decisions = append(cmds, a.Command()), append(decisions, a.Decide)
+		if w.faults["bugs"] && w.step < w.steps && w.rnd.IntN(6) == 0 {
+			decisions[len(decisions)-1] = func(journaltest.Counter) ([]domain.Event, error) { return nil, errBug }
+		}
 		l.attempts = append(l.attempts, w.history.Call(100+o.s.number, a))
 	}
 	w.say("%s hands %s/%d %v to %s", o.at.name, o.s.topic, o.s.partition, l.run, l.target)
@@ -465,7 +479,7 @@ func (o *owner) hear(l *policyLane) {
 	}
 	l.queue = l.queue[l.handled:]
 	l.quarantined = errors.Is(l.err, commands.ErrQuarantined)
-	if l.quarantined && !o.s.w.poisoned && !o.s.w.oldVocabulary {
+	if l.quarantined && !o.s.w.poisoned[l.target] && !o.s.w.oldVocabulary {
 		o.s.w.violate(fmt.Errorf("%s is quarantined, but all that was written can be read", l.target))
 	}
 	l.run, l.done = nil, false
@@ -702,7 +716,7 @@ func (w *world) print(r *replica, partition int32) {
 	w.prints[key] = state
 }
 
-// run lets the world go its way, and returns the violation that it found.
+// run lets the world go its way until all is at rest. It returns a violation that shows on the way; check finds the others.
 func (w *world) run() error {
 	for slot := range w.replicas {
 		w.start(slot)
@@ -744,9 +758,6 @@ func (w *world) run() error {
 	}
 	for _, c := range w.clients {
 		c.hear()
-	}
-	if w.failed() == nil {
-		w.violate(w.check())
 	}
 	return w.failed()
 }

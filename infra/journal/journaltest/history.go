@@ -38,7 +38,7 @@ type Ask struct {
 type What int
 
 const (
-	Add    What = iota // count By more, unless that goes beyond Limit
+	Add    What = iota // count By more, or less, unless that goes beyond Limit or below 1
 	Raise              // count up to By, if it is not there yet
 	Look               // nothing, of a counter that exists
 	Finish             // close the counter
@@ -82,7 +82,7 @@ func (a Ask) request() string { return fmt.Sprint(a.What, a.By, a.Limit, a.Parts
 func (a Ask) Decide(c Counter) ([]domain.Event, error) {
 	switch a.What {
 	case Add:
-		if c.Done || c.N+a.By > a.Limit {
+		if c.Done || c.N+a.By > a.Limit || c.N+a.By < 1 {
 			return nil, ErrFull
 		}
 		events := make([]domain.Event, max(a.Parts, 1))
@@ -178,6 +178,14 @@ func (h *History) Attempts() []*Attempt {
 	return slices.Clone(h.attempts)
 }
 
+// wish is what a certain answer settles: the key, or the one command.
+func (a *Attempt) wish() string {
+	if a.Key != "" {
+		return "key " + a.Key
+	}
+	return a.Op
+}
+
 // Interval is when the attempt was called and answered; math.MaxInt64 for one that was not answered.
 func (a *Attempt) Interval() (call, answer int64) { return a.call, a.answer }
 
@@ -270,29 +278,49 @@ func (h *History) Check(published []domain.Recorded) error {
 				Input: foreign{e}, Call: math.MinInt64, Return: math.MaxInt64, Output: output{open: true}})
 		}
 	}
-	explained := map[string]bool{}
+	// What comes after the last certain answer to a wish, or to its key, makes no difference any more.
+	settled := map[string]int64{}
+	for _, a := range h.attempts {
+		if !a.open() && !a.nothing() {
+			settled[a.wish()] = max(settled[a.wish()], a.answer)
+		}
+	}
+	explained, merged := map[string]bool{}, map[string]bool{}
 	for _, a := range h.attempts {
 		if a.nothing() {
 			continue
 		}
 		explained[a.Op] = true
-		effect := effects[a.Op]
-		if a.open() && effect.Version == 0 && a.Key == "" {
-			continue // it did nothing, and told nothing
-		}
-		o := output{open: a.open(), effect: effect}
-		o.version, o.code = a.receipt.Version, codeOf(a.err)
+		o := output{open: a.open(), effect: effects[a.Op], version: a.receipt.Version, code: codeOf(a.err)}
 		if o.code == unexpected {
 			return fmt.Errorf("an answer that no client should get: %s", a)
 		}
-		if !a.open() && a.err == nil && a.Group == "" && seqs[a.Stream][a.receipt.Version] > a.receipt.Position.Seq {
+		if a.Done() && a.Group == "" && seqs[a.Stream][a.receipt.Version] > a.receipt.Position.Seq {
 			return fmt.Errorf("the position that was told does not hold the version that was told: %s", a)
 		}
-		streams[a.Stream] = append(streams[a.Stream], porcupine.Operation{
-			ClientId: a.Client, Input: a.Ask, Output: o, Call: a.call, Return: a.answer})
-		if a.open() {
-			streams[a.Stream][len(streams[a.Stream])-1].Return = math.MaxInt64
+		// On a stream that does not exist no key is written down, but two requests under one key at the same time are
+		// noticed all the same.
+		o.twoRequests = slices.ContainsFunc(h.attempts, func(other *Attempt) bool {
+			return a.Key != "" && other.Key == a.Key && other.Stream == a.Stream && other.request() != a.request() &&
+				other.call < a.answer && a.call < other.answer
+		})
+		end := a.answer
+		if o.open {
+			// All attempts at a wish that nobody was told of are one, from the first of them on: one of them at most did
+			// something. It can be passed over when it did nothing that anybody could have seen.
+			if end = settled[a.wish()]; end <= a.call {
+				end = math.MaxInt64
+				if o.effect.Version == 0 {
+					continue
+				}
+			}
+			if merged[a.Op] || o.effect.Version == 0 && a.Key == "" {
+				continue
+			}
+			merged[a.Op] = true
 		}
+		streams[a.Stream] = append(streams[a.Stream], porcupine.Operation{
+			ClientId: a.Client, Input: a.Ask, Output: o, Call: a.call, Return: end})
 	}
 	for op, effect := range effects {
 		if !explained[op] {
@@ -301,7 +329,7 @@ func (h *History) Check(published []domain.Recorded) error {
 		}
 	}
 	for name, ops := range streams {
-		switch porcupine.CheckOperationsTimeout(model, ops, time.Minute) {
+		switch porcupine.CheckOperationsTimeout(model, ops, judging) {
 		case porcupine.Illegal:
 			return fmt.Errorf("the answers about %s cannot all be true%s", name, h.trace(name, effects))
 		case porcupine.Unknown:
@@ -311,7 +339,10 @@ func (h *History) Check(published []domain.Recorded) error {
 	return nil
 }
 
-const traced = 60 // lines
+const (
+	judging = 20 * time.Second // the longest that the answers about one stream may take
+	traced  = 60               // lines
+)
 
 func (h *History) trace(stream string, effects map[string]Effect) string {
 	var lines []string
@@ -332,10 +363,11 @@ func (h *History) trace(stream string, effects map[string]Effect) string {
 
 // output is what an attempt is known to have led to.
 type output struct {
-	open    bool
-	version int64
-	code    string
-	effect  Effect
+	open        bool
+	version     int64
+	code        string
+	effect      Effect
+	twoRequests bool // under its key, at the same time
 }
 
 // foreign is an event that another writer put into the log.
@@ -419,6 +451,8 @@ func (b belief) step(a Ask, o output) []any {
 		possible = !b.broken // a policy's no-op or refusal
 	}
 	switch {
+	case o.code == "reused" && o.twoRequests && b.version == 0:
+		return []any{b}
 	case o.open && possible:
 		return []any{b, next}
 	case o.open:
