@@ -279,10 +279,11 @@ func (w *world) garbage() {
 			e.Offset, e.Index = w.rnd.Int64N(w.journal.partitions[p].end), w.rnd.IntN(3)
 			e.Data = []byte(`{"forged": true}`)
 			r = journal.NewEventRecord(e)
-		case w.rnd.IntN(2) == 0: // an old record again, with another content
-			r = known[w.rnd.IntN(len(known))].Record
-			r.Value = []byte(`{"forged": true}`)
-			r.Headers = slices.DeleteFunc(slices.Clone(r.Headers), func(h journal.Header) bool { return h.Key == "ce_source" })
+		case w.rnd.IntN(2) == 0: // what would be the next event, but for its source
+			e, _ := journal.ParseEvent("counters.events", known[w.rnd.IntN(len(known))].Record)
+			e.Seq, e.Data = int64(w.consumed(p))+1, []byte(`{"forged": true}`)
+			r = journal.NewEventRecord(e)
+			r.Headers = slices.DeleteFunc(r.Headers, func(h journal.Header) bool { return h.Key == "ce_source" })
 		default:
 			r.Headers = []journal.Header{{Key: "ce_id", Value: []byte("1")}, {Key: "ce_specversion", Value: []byte("1.0")}}
 		}

@@ -178,14 +178,6 @@ func (h *History) Attempts() []*Attempt {
 	return slices.Clone(h.attempts)
 }
 
-// wish is what a certain answer settles: the key, or the one command.
-func (a *Attempt) wish() string {
-	if a.Key != "" {
-		return "key " + a.Key
-	}
-	return a.Op
-}
-
 // Interval is when the attempt was called and answered; math.MaxInt64 for one that was not answered.
 func (a *Attempt) Interval() (call, answer int64) { return a.call, a.answer }
 
@@ -278,11 +270,17 @@ func (h *History) Check(published []domain.Recorded) error {
 				Input: foreign{e}, Call: math.MinInt64, Return: math.MaxInt64, Output: output{open: true}})
 		}
 	}
-	// What comes after the last certain answer to a wish, or to its key, makes no difference any more.
-	settled := map[string]int64{}
+	first, firstDone := map[string]int64{}, map[string]int64{} // by wish: the first call, and the first time it was called done
+	settled := map[string]int64{}                              // by key: its last certain answer
 	for _, a := range h.attempts {
+		if _, ok := first[a.Op]; !ok && !a.nothing() {
+			first[a.Op] = a.call
+		}
+		if end, ok := firstDone[a.Op]; a.Done() && (!ok || a.answer < end) {
+			firstDone[a.Op] = a.answer
+		}
 		if !a.open() && !a.nothing() {
-			settled[a.wish()] = max(settled[a.wish()], a.answer)
+			settled[a.Key] = max(settled[a.Key], a.answer)
 		}
 	}
 	explained, merged := map[string]bool{}, map[string]bool{}
@@ -290,7 +288,6 @@ func (h *History) Check(published []domain.Recorded) error {
 		if a.nothing() {
 			continue
 		}
-		explained[a.Op] = true
 		o := output{open: a.open(), effect: effects[a.Op], version: a.receipt.Version, code: codeOf(a.err)}
 		if o.code == unexpected {
 			return fmt.Errorf("an answer that no client should get: %s", a)
@@ -298,29 +295,40 @@ func (h *History) Check(published []domain.Recorded) error {
 		if a.Done() && a.Group == "" && seqs[a.Stream][a.receipt.Version] > a.receipt.Position.Seq {
 			return fmt.Errorf("the position that was told does not hold the version that was told: %s", a)
 		}
+		op := porcupine.Operation{ClientId: a.Client, Input: a.Ask, Call: a.call, Return: a.answer}
+		if o.effect.Version > 0 && !explained[a.Op] {
+			// The wish is in the log, so one of its attempts did it. Which one is not known; it does not matter.
+			did := op
+			did.Call, did.Return, did.Output = first[a.Op], math.MaxInt64, output{did: true, effect: o.effect}
+			if end, ok := firstDone[a.Op]; ok {
+				did.Return = end
+			}
+			streams[a.Stream] = append(streams[a.Stream], did)
+		}
+		switch {
+		case o.effect.Version > 0 && a.Done():
+			explained[a.Op] = true
+			if a.Group == "" && a.receipt.Version != o.effect.Version {
+				return fmt.Errorf("it is version %d that was made by %s", o.effect.Version, a)
+			}
+			continue
+		case o.open && (o.effect.Version > 0 || a.Key == "" || settled[a.Key] <= a.call || merged[a.Op]):
+			// What it did is in the log, or nobody saw it, or an earlier attempt at the wish stands for it too.
+			explained[a.Op] = true
+			continue
+		case o.open:
+			merged[a.Op] = true
+			op.Return = settled[a.Key] // after which it makes no difference
+		}
+		explained[a.Op] = true
 		// On a stream that does not exist no key is written down, but two requests under one key at the same time are
 		// noticed all the same.
 		o.twoRequests = slices.ContainsFunc(h.attempts, func(other *Attempt) bool {
-			return a.Key != "" && other.Key == a.Key && other.Stream == a.Stream && other.request() != a.request() &&
+			return o.code == "reused" && other.Key == a.Key && other.Stream == a.Stream && other.request() != a.request() &&
 				other.call < a.answer && a.call < other.answer
 		})
-		end := a.answer
-		if o.open {
-			// All attempts at a wish that nobody was told of are one, from the first of them on: one of them at most did
-			// something. It can be passed over when it did nothing that anybody could have seen.
-			if end = settled[a.wish()]; end <= a.call {
-				end = math.MaxInt64
-				if o.effect.Version == 0 {
-					continue
-				}
-			}
-			if merged[a.Op] || o.effect.Version == 0 && a.Key == "" {
-				continue
-			}
-			merged[a.Op] = true
-		}
-		streams[a.Stream] = append(streams[a.Stream], porcupine.Operation{
-			ClientId: a.Client, Input: a.Ask, Output: o, Call: a.call, Return: end})
+		op.Output = o
+		streams[a.Stream] = append(streams[a.Stream], op)
 	}
 	for op, effect := range effects {
 		if !explained[op] {
@@ -363,7 +371,8 @@ func (h *History) trace(stream string, effects map[string]Effect) string {
 
 // output is what an attempt is known to have led to.
 type output struct {
-	open        bool
+	open        bool // nobody knows, and nothing is in the log
+	did         bool // its events are in the log, whoever was told what
 	version     int64
 	code        string
 	effect      Effect
@@ -422,6 +431,7 @@ var model = (&porcupine.NondeterministicModel{
 		}
 		return b.step(input.(Ask), o)
 	},
+	Hash: func(state any) uint64 { return uint64(state.(belief).version)<<32 ^ state.(belief).keysSum },
 	Equal: func(a, b any) bool {
 		x, y := a.(belief), b.(belief)
 		return x.version == y.version && x.counter == y.counter && x.broken == y.broken && x.keysSum == y.keysSum &&
@@ -447,20 +457,22 @@ func (b belief) foreign(e foreign) []any {
 func (b belief) step(a Ask, o output) []any {
 	next, version, code, events := b.decide(a)
 	possible := !b.broken && (events == 0 || next.version == o.effect.Version && events == o.effect.Events)
-	if events == 0 && a.Group != "" && o.effect.Version == 0 && !o.open {
-		possible = !b.broken // a policy's no-op or refusal
-	}
+	answers := code == o.code && (code != "" || version == o.version) || a.Group != ""
 	switch {
 	case o.code == "reused" && o.twoRequests && b.version == 0:
 		return []any{b}
+	case o.did && possible && events > 0:
+		return []any{next}
+	case o.did:
+		return nil
 	case o.open && possible:
 		return []any{b, next}
 	case o.open:
 		return []any{b}
-	case !possible || a.Group == "" && (code != o.code || code == "" && version != o.version):
-		return nil
+	case possible && answers:
+		return []any{next}
 	}
-	return []any{next}
+	return nil
 }
 
 // decide is what the command leads to on this belief, and what its client is to be told.
