@@ -29,10 +29,15 @@ const (
 
 // Order is the state that decisions need. The zero value is an order that was never placed.
 type Order struct {
-	Status   Status
-	Reason   string // of a cancellation (asked for or done)
-	Total    domain.Money
-	Deadline time.Time
+	Status Status
+	Reason string // of a cancellation (asked for or done)
+	life   *life  // nil before and after it
+}
+
+// life is what an order needs until it ends; most have. It is replaced, never changed.
+type life struct {
+	total    domain.Money
+	deadline time.Time
 	items    []domain.Quantity // sorted by SKU
 	reserved bitset            // which of items are reserved
 	missing  int               // how many are not
@@ -43,14 +48,18 @@ type Order struct {
 func (o Order) Evolve(event domain.Event) Order {
 	switch e := event.(type) {
 	case Placed:
-		return Order{Status: StatusPlaced, Total: e.Total, Deadline: e.Deadline, items: e.Items, missing: len(e.Items)}
+		return Order{Status: StatusPlaced, life: &life{total: e.Total, deadline: e.Deadline, items: e.Items, missing: len(e.Items)}}
 	case ItemReserved:
-		if i, found := o.item(e.SKU); found && !o.reserved.has(i) {
-			o.reserved = o.reserved.with(i, len(o.items))
-			o.missing--
+		if l := o.lived(); l.awaits(e.SKU) {
+			i, _ := l.item(e.SKU)
+			l.reserved = l.reserved.with(i, len(l.items))
+			l.missing--
+			o.life = &l
 		}
 	case StockConfirmed:
-		o.Status, o.reserved = StatusStockConfirmed, nil
+		l := o.lived()
+		l.reserved = nil
+		o.Status, o.life = StatusStockConfirmed, &l
 	case Confirmed:
 		o.Status = StatusConfirmed
 	case CancellationRequested:
@@ -79,7 +88,15 @@ func (o Order) Closed() bool {
 }
 
 // Due is when the order expires, and false when it no longer can.
-func (o Order) Due() (time.Time, bool) { return o.Deadline, o.awaitsConfirmation() }
+func (o Order) Due() (time.Time, bool) { return o.lived().deadline, o.awaitsConfirmation() }
+
+// lived is the order's life, with nothing in it when there is none: facts may come in any order.
+func (o Order) lived() life {
+	if o.life == nil {
+		return life{}
+	}
+	return *o.life
+}
 
 func (o Order) awaitsConfirmation() bool {
 	return o.Status == StatusPlaced || o.Status == StatusStockConfirmed
@@ -99,13 +116,13 @@ func (o Order) DecidePlace(customer string, lines []Line, deadline time.Time) ([
 
 // DecideItemReserved hears that inventory holds one SKU for the order; the last one confirms the stock.
 func (o Order) DecideItemReserved(sku string) ([]domain.Event, error) {
-	i, found := o.item(sku)
-	if o.Status != StatusPlaced || !found || o.reserved.has(i) {
+	l := o.lived()
+	if o.Status != StatusPlaced || !l.awaits(sku) {
 		return nil, nil
 	}
 	events := []domain.Event{ItemReserved{sku}}
-	if o.missing == 1 {
-		events = append(events, StockConfirmed{o.Total})
+	if l.missing == 1 {
+		events = append(events, StockConfirmed{l.total})
 	}
 	return events, nil
 }
@@ -115,7 +132,7 @@ func (o Order) DecideReject(reason string) ([]domain.Event, error) {
 	if !o.awaitsConfirmation() {
 		return nil, nil
 	}
-	return []domain.Event{Rejected{reason, o.items}}, nil
+	return []domain.Event{Rejected{reason, o.lived().items}}, nil
 }
 
 // DecideConfirm hears that the payment is authorised. An order that ended meanwhile stays as it is: its ending made
@@ -124,7 +141,7 @@ func (o Order) DecideConfirm() ([]domain.Event, error) {
 	if o.Status != StatusStockConfirmed {
 		return nil, nil
 	}
-	return []domain.Event{Confirmed{o.items}}, nil
+	return []domain.Event{Confirmed{o.lived().items}}, nil
 }
 
 // DecideCancel cancels at once before the order is confirmed; after that it asks the shipment, which alone knows
@@ -134,7 +151,7 @@ func (o Order) DecideCancel(reason string) ([]domain.Event, error) {
 	case "":
 		return nil, domain.ErrUnknown
 	case StatusPlaced, StatusStockConfirmed:
-		return []domain.Event{Cancelled{reason, o.items}}, nil
+		return []domain.Event{Cancelled{reason, o.lived().items}}, nil
 	case StatusConfirmed:
 		return []domain.Event{CancellationRequested{reason}}, nil
 	case StatusCancelling, StatusCancelled:
@@ -151,15 +168,15 @@ func (o Order) DecideCancelled() ([]domain.Event, error) {
 	if o.Status != StatusCancelling {
 		return nil, nil
 	}
-	return []domain.Event{Cancelled{o.Reason, o.items}}, nil
+	return []domain.Event{Cancelled{o.Reason, o.lived().items}}, nil
 }
 
 // DecideExpire ends an order that was not confirmed in time. Before its deadline it does nothing.
 func (o Order) DecideExpire(now time.Time) ([]domain.Event, error) {
-	if !o.awaitsConfirmation() || now.Before(o.Deadline) {
+	if !o.awaitsConfirmation() || now.Before(o.lived().deadline) {
 		return nil, nil
 	}
-	return []domain.Event{Expired{"not confirmed in time", o.items}}, nil
+	return []domain.Event{Expired{"not confirmed in time", o.lived().items}}, nil
 }
 
 // DecideShipped hears that the shipment was dispatched. It wins over a cancellation that was still being asked for.
@@ -167,7 +184,7 @@ func (o Order) DecideShipped(carrier, tracking string) ([]domain.Event, error) {
 	if o.Status != StatusConfirmed && o.Status != StatusCancelling {
 		return nil, nil
 	}
-	return []domain.Event{Shipped{carrier, tracking, o.items, o.Total}}, nil
+	return []domain.Event{Shipped{carrier, tracking, o.lived().items, o.lived().total}}, nil
 }
 
 // DecideDelivered hears that the shipment arrived.
@@ -175,11 +192,17 @@ func (o Order) DecideDelivered() ([]domain.Event, error) {
 	if o.Status != StatusShipped {
 		return nil, nil
 	}
-	return []domain.Event{Delivered{o.items}}, nil
+	return []domain.Event{Delivered{o.lived().items}}, nil
 }
 
-func (o Order) item(sku string) (int, bool) {
-	return slices.BinarySearchFunc(o.items, sku, func(q domain.Quantity, sku string) int { return cmp.Compare(q.SKU, sku) })
+// awaits says that the order has the SKU and it is not reserved yet.
+func (l life) awaits(sku string) bool {
+	i, found := l.item(sku)
+	return found && !l.reserved.has(i)
+}
+
+func (l life) item(sku string) (int, bool) {
+	return slices.BinarySearchFunc(l.items, sku, func(q domain.Quantity, sku string) int { return cmp.Compare(q.SKU, sku) })
 }
 
 // Total is the sum of the lines: an error when their currencies differ or it does not fit.

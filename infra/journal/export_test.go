@@ -16,21 +16,24 @@ func (j *Journal[S]) Fingerprint(partition int32) (next int64, state string) {
 	fmt.Fprintln(&b, p.seq, p.ignored, p.marks)
 	for _, name := range slices.Sorted(maps.Keys(p.streams)) {
 		s := p.streams[name]
-		fmt.Fprintln(&b, name, s.Head, s.seq, s.state, s.causes, s.quarantined)
-		for _, a := range s.recent {
-			fmt.Fprintln(&b, a)
-		}
+		fmt.Fprintln(&b, name, s.Head, s.seq, s.state)
 		if s.creator != nil {
-			fmt.Fprintln(&b, s.creator)
+			fmt.Fprintln(&b, *s.creator)
+		}
+		if s.memory != nil {
+			fmt.Fprintln(&b, s.memory.causes, s.memory.quarantined)
+			for _, a := range s.memory.recent {
+				fmt.Fprintln(&b, a)
+			}
 		}
 	}
 	return p.next, b.String()
 }
 
-func (a *answer) String() string {
-	refusal := ""
-	if a.refusal != nil {
-		refusal = a.refusal.Code
+func (a answer) String() string {
+	s := fmt.Sprintf("%x %x %d %d", a.key, a.request, a.version, a.seq)
+	if a.rest != nil && a.rest.refusal != nil {
+		s += a.rest.refusal.Code
 	}
-	return fmt.Sprintf("%x %x %v %s", a.key, a.request, a.receipt, refusal)
+	return s
 }

@@ -166,7 +166,7 @@ func (p *partition[S]) foldRecord(r Record) error {
 	if len(p.marks) == 0 || r.Offset-p.marks[len(p.marks)-1].offset >= marksEvery {
 		p.marks = append(p.marks, mark{r.Offset, p.seq})
 	}
-	told, err := s.accept(name, c, r.Value, p.seq, p.position, p.Events)
+	told, err := s.accept(c, r.Value, p.seq, p.Events)
 	if err != nil {
 		quarantinedTotal.WithLabelValues(p.Service).Inc()
 		p.Logger.Error("a stream is quarantined: its commit cannot be read", "partition", p.number,
@@ -264,7 +264,7 @@ func (p *partition[S]) watch(ctx context.Context, f func(stream string, state S,
 	p.mu.Lock()
 	p.watchers[w] = struct{}{}
 	for name, s := range p.streams {
-		if !s.quarantined && !s.state.Closed() {
+		if !s.quarantined() && !s.state.Closed() {
 			w.changed(name)
 		}
 	}
@@ -288,7 +288,7 @@ func (p *partition[S]) watch(ctx context.Context, f func(stream string, state S,
 		var changes []change
 		p.mu.Lock()
 		for name := range w.dirty {
-			if s := p.streams[name]; !s.quarantined {
+			if s := p.streams[name]; !s.quarantined() {
 				changes = append(changes, change{name, s.state, p.position(s.seq)})
 			}
 		}

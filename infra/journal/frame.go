@@ -2,6 +2,7 @@ package journal
 
 import (
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"strings"
 	"time"
@@ -51,6 +52,8 @@ func digestOf(s string) (d digest) {
 	copy(d[:], sum[:])
 	return d
 }
+
+func (d digest) short() uint64 { return binary.BigEndian.Uint64(d[:]) }
 
 var errBrokenFrame = errors.New("broken frame")
 

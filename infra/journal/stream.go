@@ -12,14 +12,20 @@ import (
 // remembered, however many they are: they were decided at the same time.)
 const KeysPerStream = 128
 
-// stream is what one entity's accepted commits add up to.
+// stream is what one entity's accepted commits add up to. There may be millions, most of them closed, so what those do
+// not need lies apart.
 type stream[S commands.State[S]] struct {
 	Head
-	seq         int64 // of its last event in the partition's count
-	state       S
+	seq     int64 // of its last event in the partition's count
+	state   S
+	creator *answer
+	memory  *memory // nil when there is nothing to remember
+}
+
+// memory is what a stream remembers beside its state.
+type memory struct {
 	causes      []cause
-	creator     *answer
-	recent      []*answer // oldest first
+	recent      []answer // oldest first, without the creator's
 	quarantined bool
 }
 
@@ -33,16 +39,45 @@ type cause struct {
 
 // answer is what a keyed command was answered.
 type answer struct {
-	key, request digest
-	receipt      commands.Receipt
-	refusal      *domain.Refusal
+	key     digest
+	request uint64 // a digest's first half: enough to notice a client's slip
+	version int64
+	seq     int64
+	rest    *rest // nil when there is no note and no refusal
+}
+
+type rest struct {
+	note    int
+	refusal *domain.Refusal
+}
+
+func newAnswer(o outcome, version, seq int64) answer {
+	a := answer{o.key, o.request.short(), version + int64(o.events), seq + int64(o.events), nil}
+	if o.note != 0 || o.refusal != nil {
+		a.rest = &rest{o.note, o.refusal}
+	}
+	return a
 }
 
 func (s *stream[S]) exists() bool { return s.Version > 0 }
 
+func (s *stream[S]) quarantined() bool { return s.memory != nil && s.memory.quarantined }
+
+func (s *stream[S]) quarantine() { s.remember().quarantined = true }
+
+func (s *stream[S]) remember() *memory {
+	if s.memory == nil {
+		s.memory = &memory{}
+	}
+	return s.memory
+}
+
 // heard says whether the cause is at or below what the stream has heard of.
 func (s *stream[S]) heard(group string, p domain.Position) bool {
-	for _, c := range s.causes {
+	if s.memory == nil {
+		return false
+	}
+	for _, c := range s.memory.causes {
 		if c.partition == p.Partition && c.topic == p.Topic && c.group == group {
 			return p.Seq <= c.seq
 		}
@@ -50,24 +85,37 @@ func (s *stream[S]) heard(group string, p domain.Position) bool {
 	return false
 }
 
-// hear changes causes in place: a draft clones them first.
+// hear changes the memory in place: a draft has one of its own, see forDraft.
 func (s *stream[S]) hear(group string, p domain.Position) {
-	for i := range s.causes {
-		if c := &s.causes[i]; c.partition == p.Partition && c.topic == p.Topic && c.group == group {
+	m := s.remember()
+	for i := range m.causes {
+		if c := &m.causes[i]; c.partition == p.Partition && c.topic == p.Topic && c.group == group {
 			c.seq = max(c.seq, p.Seq)
 			return
 		}
 	}
-	s.causes = append(s.causes, cause{group, p.Topic, p.Partition, p.Seq})
+	m.causes = append(m.causes, cause{group, p.Topic, p.Partition, p.Seq})
+}
+
+// forDraft is a memory with causes that may be changed.
+func (m *memory) forDraft() *memory {
+	if m == nil {
+		return nil
+	}
+	c := *m
+	c.causes = slices.Clone(m.causes)
+	return &c
 }
 
 func (s *stream[S]) answered(key digest) *answer {
 	if s.creator != nil && s.creator.key == key {
 		return s.creator
 	}
-	for _, a := range s.recent {
-		if a.key == key {
-			return a
+	if s.memory != nil {
+		for i := range s.memory.recent {
+			if a := &s.memory.recent[i]; a.key == key {
+				return a
+			}
 		}
 	}
 	return nil
@@ -76,25 +124,24 @@ func (s *stream[S]) answered(key digest) *answer {
 // accept folds an accepted commit in. It counts whatever its frame holds; a frame that cannot be read quarantines
 // the stream, which then stands still for this program. seq is the partition's count before the commit. It returns the answers
 // to keyed commands that the commit holds.
-func (s *stream[S]) accept(name string, c Commit, value []byte, seq int64, at func(int64) domain.Position,
-	vocabulary domain.Events) (told []*answer, err error) {
+func (s *stream[S]) accept(c Commit, value []byte, seq int64, vocabulary domain.Events) (told []answer, err error) {
 	creating := !s.exists()
 	s.Head = Head{c.ID, c.Parent.Version + int64(c.Events)}
 	if c.Events > 0 {
 		s.seq = seq + int64(c.Events)
 	}
-	if s.quarantined {
+	if s.quarantined() {
 		return nil, nil
 	}
 	f, err := decodeFrame(value, c.Events)
 	if err != nil {
-		s.quarantined = true
+		s.quarantine()
 		return nil, err
 	}
 	events := make([]domain.Event, len(f.events))
 	for i, e := range f.events {
 		if events[i], err = vocabulary.Decode(e.name, e.data); err != nil {
-			s.quarantined = true
+			s.quarantine()
 			return nil, err
 		}
 	}
@@ -104,21 +151,34 @@ func (s *stream[S]) accept(name string, c Commit, value []byte, seq int64, at fu
 			s.hear(e.group, e.cause)
 		}
 	}
-	if n := len(s.recent) - KeysPerStream; n > 0 && len(f.outcomes) > 0 {
-		s.recent = slices.Delete(s.recent, 0, n)
+	if len(f.outcomes) > 0 {
+		told = make([]answer, len(f.outcomes))
+		for i, o := range f.outcomes {
+			told[i] = newAnswer(o, c.Parent.Version, seq)
+		}
+		s.keep(told, creating)
 	}
-	for _, o := range f.outcomes {
-		told = append(told, &answer{o.key, o.request, commands.Receipt{
-			Stream: name, Version: c.Parent.Version + int64(o.events), Position: at(seq + int64(o.events)), Note: o.note,
-		}, o.refusal})
-	}
-	s.recent = append(s.recent, told...)
-	if creating && len(told) > 0 {
-		s.creator = told[0]
-	}
-	if s.state.Closed() {
+	if s.state.Closed() && s.memory != nil {
 		// Whatever a policy may still ask of it, the state itself answers "nothing to do".
-		s.causes = nil
+		if s.memory.causes = nil; s.memory.recent == nil {
+			s.memory = nil
+		}
 	}
 	return told, nil
+}
+
+// keep remembers the answers of one commit, and forgets those that are too old by now.
+func (s *stream[S]) keep(told []answer, creating bool) {
+	if creating {
+		first := told[0] // a copy: the others need not live as long
+		s.creator, told = &first, told[1:]
+	}
+	if len(told) == 0 {
+		return
+	}
+	m := s.remember()
+	if n := len(m.recent) - KeysPerStream; n > 0 {
+		m.recent = slices.Delete(m.recent, 0, n)
+	}
+	m.recent = append(m.recent, told...)
 }

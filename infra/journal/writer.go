@@ -247,7 +247,7 @@ func (g *group[S]) decide(c *call[S]) bool {
 		c.answer(commands.Receipt{}, errBehind)
 		return true
 	}
-	if g.stream.quarantined {
+	if g.stream.quarantined() {
 		c.answer(commands.Receipt{}, commands.ErrQuarantined) // for good, as far as this program can tell
 		return true
 	}
@@ -256,7 +256,7 @@ func (g *group[S]) decide(c *call[S]) bool {
 		return true
 	}
 	if a := g.stream.answered(c.key); c.Key != "" && a != nil {
-		c.repeat(a)
+		g.repeat(c, a)
 		return true
 	}
 	m := member[S]{call: c, version: g.draft.Version, events: len(g.frame.events)}
@@ -300,7 +300,7 @@ func (g *group[S]) decide(c *call[S]) bool {
 	g.draft.Version += int64(len(events))
 	if c.Group != "" && len(events) > 0 {
 		if !g.heard {
-			g.draft.causes, g.heard = slices.Clone(g.draft.causes), true
+			g.draft.memory, g.heard = g.draft.memory.forDraft(), true
 		}
 		g.draft.hear(c.Group, c.Cause)
 	}
@@ -435,26 +435,30 @@ func (p *partition[S]) send(name string, f *flight[S]) {
 }
 
 // repeat gives the call the answer that its key was given before.
-func (c *call[S]) repeat(a *answer) {
+func (p *partition[S]) repeat(c *call[S], a *answer) {
+	receipt := commands.Receipt{Stream: c.Stream, Version: a.version, Position: p.position(a.seq)}
 	switch {
-	case a.request != c.request:
+	case a.request != c.request.short():
 		c.answer(commands.Receipt{}, commands.ErrKeyReused)
-	case a.refusal != nil:
-		c.answer(commands.Receipt{}, refusalError(a.refusal))
+	case a.rest == nil:
+		c.answer(receipt, nil)
+	case a.rest.refusal != nil:
+		c.answer(commands.Receipt{}, refusalError(a.rest.refusal))
 	default:
-		c.answer(a.receipt, nil)
+		receipt.Note = a.rest.note
+		c.answer(receipt, nil)
 	}
 }
 
 // tell answers the calls that wait with a key of the commit: the stream may have forgotten it when their turn comes.
-func (p *partition[S]) tell(name string, c Commit, told []*answer) {
+func (p *partition[S]) tell(name string, c Commit, told []answer) {
 	l := p.lanes[name]
 	if l == nil || len(told) == 0 {
 		return
 	}
 	byKey := make(map[digest]*answer, len(told))
-	for _, a := range told {
-		byKey[a.key] = a
+	for i := range told {
+		byKey[told[i].key] = &told[i]
 	}
 	waiting := l.queue
 	if l.flight != nil && l.flight.commit.ID != c.ID {
@@ -465,7 +469,7 @@ func (p *partition[S]) tell(name string, c Commit, told []*answer) {
 	}
 	for _, w := range waiting {
 		if a := byKey[w.key]; a != nil && w.Key != "" {
-			w.repeat(a)
+			p.repeat(w, a)
 		}
 	}
 }
