@@ -70,6 +70,11 @@ func (r *Reader) place(ctx context.Context, s *reading, refresh bool) error {
 	if err != nil {
 		return err
 	}
+	// A fetch names its topic, and would go on in another one of that name. But whoever reads waits for an answer
+	// nearly all the time, and gets an error when the topic is deleted; that leads here.
+	if err := r.c.sameTopic(ctx, addr, r.topic); err != nil {
+		return err
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	n := r.nodes[addr]

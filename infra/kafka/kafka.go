@@ -62,6 +62,8 @@ type Config struct {
 	ConnectTimeout time.Duration // how long Connect tries; default 10 s
 	SessionTimeout time.Duration // after which a silent group member is given up; default 10 s
 	Heartbeat      time.Duration // of a group member, and so how fast it notices a rebalance; default 1 s
+
+	readTimeout time.Duration // of tests whose brokers do not answer, and that join no group
 }
 
 // Client is a connection to one Kafka cluster. All its methods may be called from any goroutine.
@@ -82,6 +84,7 @@ type Client struct {
 	readers map[string]*Reader
 	conns   map[string]*sarama.Broker // by address and purpose
 	enders  map[string]*ender         // by address
+	known   map[string]identity       // by topic
 }
 
 func init() {
@@ -100,6 +103,7 @@ func Connect(ctx context.Context, cfg Config) (*Client, error) {
 	cfg.ConnectTimeout = or(cfg.ConnectTimeout, 10*time.Second)
 	cfg.SessionTimeout = or(cfg.SessionTimeout, 10*time.Second)
 	cfg.Heartbeat = or(cfg.Heartbeat, time.Second)
+	cfg.readTimeout = or(cfg.readTimeout, readTimeout)
 	conf := saramaConfig(cfg)
 	if err := conf.Validate(); err != nil {
 		return nil, fmt.Errorf("connect to Kafka: %w", err)
@@ -119,6 +123,7 @@ func Connect(ctx context.Context, cfg Config) (*Client, error) {
 	c := &Client{
 		cfg: cfg, conf: conf, log: cfg.Logger, sarama: cl, pub: pub,
 		readers: map[string]*Reader{}, conns: map[string]*sarama.Broker{}, enders: map[string]*ender{},
+		known: map[string]identity{},
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	return c, nil
@@ -251,8 +256,8 @@ func saramaConfig(cfg Config) *sarama.Config {
 
 	c.Net.MaxOpenRequests = 1
 	c.Net.DialTimeout = 3 * time.Second
-	c.Net.ReadTimeout = readTimeout
-	c.Net.WriteTimeout = readTimeout
+	c.Net.ReadTimeout = cfg.readTimeout
+	c.Net.WriteTimeout = cfg.readTimeout
 
 	c.Metadata.AllowAutoTopicCreation = false // a topic made by accident has the wrong settings
 	c.Metadata.Retry.Max = 3

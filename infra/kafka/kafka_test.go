@@ -2,6 +2,8 @@ package kafka
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"regexp"
@@ -14,14 +16,42 @@ import (
 	"github.com/twmb/franz-go/pkg/kfake"
 	"go.uber.org/goleak"
 
+	"wharf/infra/embedded/apache"
 	"wharf/infra/journal"
 )
 
-// The tests speak the real protocol: to a broker in this process, or to the one at WHARF_TEST_KAFKA (host:port).
+// The tests speak the real protocol: to a broker in this process, or to the one at WHARF_TEST_KAFKA (host:port). With
+// WHARF_TEST_APACHE=1, as `make test-kafka` sets it, that is an Apache Kafka started for them.
 
 const wait = 30 * time.Second // bounds what must happen; nothing is expected to take that long
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+var onApache = os.Getenv("WHARF_TEST_APACHE") == "1"
+
+func TestMain(m *testing.M) {
+	stop := func() {}
+	if onApache && os.Getenv("WHARF_TEST_KAFKA") == "" {
+		var err error
+		if stop, err = startApache(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+	}
+	goleak.VerifyTestMain(m, goleak.IgnoreCurrent(), goleak.Cleanup(func(code int) { stop(); os.Exit(code) }),
+		goleak.IgnoreAnyFunction("github.com/Shopify/toxiproxy/v2.(*ToxicLink).read"), // they leak
+		goleak.IgnoreAnyFunction("github.com/Shopify/toxiproxy/v2/toxics.(*ToxicStub).Run"))
+}
+
+func startApache() (stop func(), err error) {
+	dir, err := os.MkdirTemp("", "wharf-apache-")
+	if err != nil {
+		return nil, err
+	}
+	cluster, err := apache.Start(context.Background(), dir, 1)
+	if err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	return func() { cluster.Stop(); _ = os.RemoveAll(dir) }, os.Setenv("WHARF_TEST_KAFKA", cluster.Addrs()[0])
+}
 
 // brokers is the address of a broker: a new one, but where a real one is given.
 func brokers(t testing.TB, opts ...kfake.Opt) []string {
@@ -37,15 +67,16 @@ func brokers(t testing.TB, opts ...kfake.Opt) []string {
 	return cluster.ListenAddrs()
 }
 
-func connect(t testing.TB, brokers []string) *Client {
+func connect(t testing.TB, brokers []string) *Client { return connectWith(t, Config{Brokers: brokers}) }
+
+func connectWith(t testing.TB, cfg Config) *Client {
 	level := slog.LevelError
 	if testing.Verbose() {
 		level = slog.LevelWarn
 	}
-	c, err := Connect(t.Context(), Config{
-		Brokers: brokers, Heartbeat: 100 * time.Millisecond, SessionTimeout: 6 * time.Second,
-		Logger: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: level})),
-	})
+	cfg.Heartbeat, cfg.SessionTimeout = 100*time.Millisecond, 6*time.Second
+	cfg.Logger = slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: level}))
+	c, err := Connect(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,9 +89,11 @@ func connect(t testing.TB, brokers []string) *Client {
 }
 
 // topic creates a topic that nobody else uses.
-func topic(t testing.TB, c *Client, partitions int32) string {
+func topic(t testing.TB, c *Client, partitions int32) string { return topicOf(t, c, partitions, 1) }
+
+func topicOf(t testing.TB, c *Client, partitions int32, replication int16) string {
 	name := regexp.MustCompile(`[^a-zA-Z0-9]+`).ReplaceAllString(t.Name(), "-") + "-" + uuid.NewString()[:8]
-	if err := c.CreateTopics(t.Context(), []TopicSpec{{Name: name, Partitions: partitions, Replication: 1}}); err != nil {
+	if err := c.CreateTopics(t.Context(), []TopicSpec{{name, partitions, replication}}); err != nil {
 		t.Fatal(err)
 	}
 	return name

@@ -58,7 +58,7 @@ const produceConns = 4
 // AppendBatch publishes the records as one atomic record batch. The time of a record is that of its ce_time header, if
 // it has one that is not in the future (which brokers refuse), or else now. While it is certain that nothing was
 // written (no leader, no connection), it is tried again, a bounded number of times. When ctx ends first its error is
-// returned, and the batch is still being sent.
+// returned, and the batch is still being sent. A topic that was made anew gets nothing: *MadeAnewError.
 func (l *PublicLog) AppendBatch(ctx context.Context, partition int32, records []journal.Record) error {
 	if len(records) == 0 {
 		return nil
@@ -71,7 +71,8 @@ func (l *PublicLog) AppendBatch(ctx context.Context, partition int32, records []
 		}
 		err = refused(err)
 		// Trying again is safe only while it is certain that nothing was written.
-		final := written || errors.Is(err, ErrClosed) || errors.Is(err, journal.ErrRefused)
+		var anew *MadeAnewError
+		final := written || errors.As(err, &anew) || errors.Is(err, ErrClosed) || errors.Is(err, journal.ErrRefused)
 		if final || retry.tries >= l.c.conf.Producer.Retry.Max || !retry.sleep(ctx) {
 			return fmt.Errorf("append to %s partition %d: %w", l.topic, partition, err)
 		}
@@ -85,6 +86,12 @@ func (l *PublicLog) produce(
 	addr, err := l.c.leader(ctx, l.topic, partition, refresh)
 	if err != nil {
 		return false, err
+	}
+	// The first record of a topic that was made anew must be the first event, not the next one of the old topic.
+	if refresh || !l.c.lately(l.topic) {
+		if err := l.c.sameTopic(ctx, addr, l.topic); err != nil {
+			return false, err
+		}
 	}
 	req := &sarama.ProduceRequest{
 		Version:      7,

@@ -53,7 +53,8 @@ func (e *OutOfRangeError) Error() string {
 }
 
 // Read hands every record of the partition from offset `from` on to f; see journal.Reader. An *OutOfRangeError says
-// that the log does not have the offset. A slow f holds up nobody else's reading.
+// that the log does not have the offset, a *MadeAnewError that it is another one than this Client has met before. A slow
+// f holds up nobody else's reading.
 func (r *Reader) Read(ctx context.Context, partition int32, from int64, f func(journal.Batch) error) error {
 	s := &reading{partition: partition, next: from, maxBytes: fetchBytes, wake: make(chan struct{}, 1)}
 	defer r.leave(s)
@@ -61,6 +62,7 @@ func (r *Reader) Read(ctx context.Context, partition int32, from int64, f func(j
 	for retry := (backoff{}); ; {
 		if fault != nil {
 			var gone *OutOfRangeError
+			var anew *MadeAnewError
 			switch {
 			case ctx.Err() != nil:
 				return ctx.Err()
@@ -69,7 +71,7 @@ func (r *Reader) Read(ctx context.Context, partition int32, from int64, f func(j
 			case errors.Is(fault, sarama.ErrOffsetOutOfRange):
 				fault = r.outOfRange(ctx, s)
 			}
-			if errors.As(fault, &gone) {
+			if errors.As(fault, &gone) || errors.As(fault, &anew) {
 				return fault
 			}
 			r.complain(partition, retry.tries, fault)
@@ -110,13 +112,20 @@ func (r *Reader) complain(partition int32, tries int, fault error) {
 	}
 }
 
-// outOfRange finds out what the broker meant: an *OutOfRangeError, or a passing fault.
+// outOfRange finds out what the broker meant: an *OutOfRangeError, a *MadeAnewError, or a passing fault.
 func (r *Reader) outOfRange(ctx context.Context, s *reading) error {
 	r.mu.Lock()
 	gone := &OutOfRangeError{Topic: r.topic, Partition: s.partition, Offset: s.next}
 	r.mu.Unlock()
+	addr, err := r.c.leader(ctx, r.topic, s.partition, true)
+	if err == nil {
+		err = r.c.sameTopic(ctx, addr, r.topic)
+	}
+	if err != nil {
+		return err
+	}
 	got := make(chan [2]int64, 1)
-	err := r.c.do(ctx, func() error {
+	err = r.c.do(ctx, func() error {
 		start, err := r.c.sarama.GetOffset(r.topic, s.partition, sarama.OffsetOldest)
 		if err != nil {
 			return err
@@ -149,6 +158,7 @@ func (r *Reader) End(ctx context.Context, partition int32) (int64, error) {
 		if errors.Is(err, ErrClosed) || !retry.sleep(ctx) {
 			return 0, fmt.Errorf("find the end of %s partition %d: %w", r.topic, partition, err)
 		}
+		r.complain(partition, retry.tries, err)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"math"
 	"slices"
 	"strconv"
+	"time"
 
 	"github.com/IBM/sarama"
 )
@@ -25,6 +26,66 @@ type UnsafeTopicsError struct{ problems error }
 
 // Error has a line for every problem.
 func (e *UnsafeTopicsError) Error() string { return e.problems.Error() }
+
+// MadeAnewError says that a topic was deleted, and made anew under its name: what this Client has read of the old one
+// is not in it, and offsets mean something else.
+type MadeAnewError struct {
+	Topic   string
+	Was, Is string // the ids that the cluster gave
+}
+
+func (e *MadeAnewError) Error() string {
+	return fmt.Sprintf("topic %s was deleted and made anew: its id is %s, wanted %s: what was in it is gone; restore it, or "+
+		"make all topics and read models anew, and then start this program again", e.Topic, e.Is, e.Was)
+}
+
+// identity is the topic that this Client has first met under a name.
+type identity struct {
+	id   sarama.Uuid
+	seen time.Time // the last time
+}
+
+// staleIdentity is for how long a topic is taken for the one that it was, where nothing speaks against it.
+const staleIdentity = time.Second
+
+// recognise is a *MadeAnewError if the topic is not the one that this Client knows by the name.
+func (c *Client) recognise(topic string, id sarama.Uuid) error {
+	if id == (sarama.Uuid{}) {
+		return nil // of a cluster that gives none
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	known, ok := c.known[topic]
+	if ok && known.id != id {
+		c.known[topic] = identity{id: known.id}
+		return &MadeAnewError{topic, known.id.String(), id.String()}
+	}
+	c.known[topic] = identity{id, time.Now()}
+	return nil
+}
+
+// sameTopic asks the broker, which leads a partition of the topic, whether it still is the one that this Client knows.
+func (c *Client) sameTopic(ctx context.Context, addr, topic string) error {
+	return c.do(ctx, func() error {
+		resp, err := c.conn(addr, "topics").GetMetadata(sarama.NewMetadataRequest(c.conf.Version, []string{topic}))
+		switch {
+		case err != nil:
+			return err
+		case len(resp.Topics) != 1:
+			return sarama.ErrIncompleteResponse
+		case resp.Topics[0].Err != sarama.ErrNoError:
+			return resp.Topics[0].Err
+		}
+		return c.recognise(topic, resp.Topics[0].Uuid)
+	})
+}
+
+// lately says whether it was seen a moment ago that the topic is the one that this Client knows.
+func (c *Client) lately(topic string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return time.Since(c.known[topic].seen) < staleIdentity
+}
 
 // minInSync is the min.insync.replicas that a topic needs: a record must survive the loss of one broker, where there
 // are enough of them.
@@ -111,6 +172,9 @@ func (c *Client) CheckTopics(ctx context.Context, specs []TopicSpec) error {
 				continue
 			case t.Err != sarama.ErrNoError:
 				return fmt.Errorf("topic %s: %w", s.Name, t.Err)
+			}
+			if err := c.recognise(s.Name, t.Uuid); err != nil {
+				problems = append(problems, err)
 			}
 			described, err := a.DescribeConfigs([]*sarama.ConfigResource{{Type: sarama.TopicResource, Name: s.Name}},
 				sarama.DescribeConfigsOptions{})

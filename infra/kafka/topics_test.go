@@ -1,11 +1,14 @@
 package kafka
 
 import (
+	"errors"
 	"strings"
 	"testing"
 
 	"github.com/IBM/sarama"
 	"github.com/twmb/franz-go/pkg/kfake"
+
+	"wharf/infra/journal"
 )
 
 func TestTopics(t *testing.T) {
@@ -41,9 +44,16 @@ func TestTopics(t *testing.T) {
 				}
 			}
 			set(tc.value)
-			wantProblem(t, c.CheckTopics(t.Context(), specs), broken, tc.setting, tc.value, tc.wanted, "kafka-configs.sh")
+			check := func(unsafe bool) error { // a broker tells of a change some time later
+				for ctx := bounded(t); ; {
+					if err := c.CheckTopics(t.Context(), specs); (err != nil) == unsafe || ctx.Err() != nil {
+						return err
+					}
+				}
+			}
+			wantProblem(t, check(true), broken, tc.setting, tc.value, tc.wanted, "kafka-configs.sh")
 			set(specs[1].config()[tc.setting])
-			if err := c.CheckTopics(t.Context(), specs); err != nil {
+			if err := check(false); err != nil {
 				t.Errorf("after the repair: %v", err)
 			}
 		})
@@ -102,4 +112,100 @@ lines:
 		return
 	}
 	t.Errorf("%v\nhas no line with %q", err, words)
+}
+
+// A topic that was deleted and made anew is found out, whether it is shorter by then than what was read of the old one
+// or longer, and nothing of it is taken for the old one's.
+func TestATopicMadeAnew(t *testing.T) {
+	addrs := brokers(t)
+	for name, records := range map[string]int{"empty": 0, "shorter": 5, "as long": 10, "longer": 20} {
+		t.Run(name, func(t *testing.T) {
+			c, other := connect(t, addrs), connect(t, addrs)
+			specs := []TopicSpec{{topic(t, c, 1), 1, 1}}
+			log := c.PublicLog(specs[0].Name)
+			appendAll(t, log, 0, numbered(0, 0, 10))
+			if err := c.CheckTopics(t.Context(), specs); err != nil {
+				t.Fatal(err)
+			}
+			read, reading := make(chan struct{}), make(chan error)
+			go func() {
+				next := int64(0)
+				reading <- log.Read(bounded(t), 0, 0, func(b journal.Batch) error {
+					if next = b.Next; next == 10 {
+						close(read)
+					} else if next > 10 {
+						t.Errorf("it reads on to %d", next)
+					}
+					return nil
+				})
+			}()
+			<-read
+			makeAnew(t, other, specs[0])
+			if records > 0 {
+				appendAll(t, other.PublicLog(specs[0].Name), 0, numbered(0, 0, records))
+			}
+
+			wantProblem(t, <-reading, specs[0].Name, "made anew", "restore it")
+			wantProblem(t, c.CheckTopics(t.Context(), specs), specs[0].Name, "made anew", "restore it")
+			wantProblem(t, log.Read(bounded(t), 0, 0, func(journal.Batch) error { return errEnough }), "made anew")
+			wantProblem(t, log.AppendBatch(t.Context(), 0, numbered(0, 10, 1)), "made anew")
+			if end, err := other.Reader(specs[0].Name).End(t.Context(), 0); err != nil || end != int64(records) {
+				t.Errorf("the new topic ends at %d, %v, want %d", end, err, records)
+			}
+			if err := connect(t, addrs).CheckTopics(t.Context(), specs); err != nil {
+				t.Errorf("whoever starts now knows no other: %v", err)
+			}
+		})
+	}
+}
+
+// A publisher that has had nothing to do for a while finds out before it appends.
+func TestAppendToATopicMadeAnew(t *testing.T) {
+	addrs := brokers(t)
+	c, other := connect(t, addrs), connect(t, addrs)
+	spec := TopicSpec{topic(t, c, 1), 1, 1}
+	log := c.PublicLog(spec.Name)
+	appendAll(t, log, 0, numbered(0, 0, 10))
+	makeAnew(t, other, spec)
+	c.mu.Lock()
+	known := c.known[spec.Name]
+	known.seen = known.seen.Add(-staleIdentity)
+	c.known[spec.Name] = known
+	c.mu.Unlock()
+	wantProblem(t, log.AppendBatch(t.Context(), 0, numbered(0, 10, 1)), spec.Name, "made anew")
+	if end, err := other.Reader(spec.Name).End(t.Context(), 0); err != nil || end != 0 {
+		t.Errorf("the new topic ends at %d, %v, want 0", end, err)
+	}
+}
+
+func makeAnew(t *testing.T, c *Client, spec TopicSpec) {
+	a, err := sarama.NewClusterAdminFromClient(c.sarama)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.DeleteTopic(spec.Name); err != nil {
+		t.Fatal(err)
+	}
+	for ctx := bounded(t); ; { // the name is free some time later
+		err := a.CreateTopic(spec.Name, &sarama.TopicDetail{
+			NumPartitions: spec.Partitions, ReplicationFactor: spec.Replication, ConfigEntries: entries(spec),
+		}, false)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, sarama.ErrTopicAlreadyExists) || ctx.Err() != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := c.Reader(spec.Name).End(bounded(t), 0); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func entries(spec TopicSpec) map[string]*string {
+	all := map[string]*string{}
+	for setting, value := range spec.config() {
+		all[setting] = &value
+	}
+	return all
 }
