@@ -77,11 +77,17 @@ type Postgres struct {
 // Option changes what StartPostgres does.
 type Option func(*options)
 
-type options struct{ ephemeral bool }
+type options struct {
+	ephemeral bool
+	port      int // 0: a free one
+}
 
 // Ephemeral is for tests: the server spares itself the waiting for the disk, and after Stop, or when this process ends,
 // however it ends, the whole directory is deleted.
 func Ephemeral() Option { return func(o *options) { o.ephemeral = true } }
+
+// Port makes the server listen on this port and not on a free one, so that the clients of an earlier server find it.
+func Port(port int) Option { return func(o *options) { o.port = port } }
 
 // cluster is what the data directory remembers of its Postgres.
 type cluster struct {
@@ -166,6 +172,9 @@ func startPostgres(ctx context.Context, dir string, log *slog.Logger, o options)
 
 // URL is where the server is, with the password in it.
 func (p *Postgres) URL() string { return p.url }
+
+// PID is the server's process id. Its sessions are child processes.
+func (p *Postgres) PID() int { return p.server.Process.Pid }
 
 // Done is closed when the server has ended, because of Stop or by itself.
 func (p *Postgres) Done() <-chan struct{} { return p.exited }
@@ -275,9 +284,12 @@ func (c cluster) init(ctx context.Context, programs string, as account, o option
 func (c cluster) start(
 	ctx context.Context, dir, programs string, as account, log *slog.Logger, o options,
 ) (*Postgres, error) {
-	port, err := freePort()
-	if err != nil {
-		return nil, err
+	port := o.port
+	if port == 0 {
+		var err error
+		if port, err = freePort(); err != nil {
+			return nil, err
+		}
 	}
 	// The server writes to a file and not to this process, so that it can say why it ended when this one was killed.
 	output, err := os.Create(filepath.Join(dir, logFile))
