@@ -23,16 +23,39 @@ test: ## Run all tests
 race: ## Run the tests of what is concurrent with the race detector
 	go test -race ./commands/... ./infra/journal/... ./infra/kafka ./infra/policies ./infra/web
 
+SEEDS ?= 10000
+FROM ?= 1
+SEED ?= 0
+
+.PHONY: simulate
+simulate: ## Attack the journal in simulated worlds (SEEDS=10000 FROM=1, or one of them with its trace: SEED=n)
+	go test -count=1 -timeout 0 -v -run '^TestSimulation$$' ./infra/journal -seeds $(SEEDS) -from $(FROM) -seed $(SEED)
+
+.PHONY: mutants
+mutants: ## Take each guarantee of the journal away, and see that the tests notice
+	go run ./infra/journal/mutants
+
+.PHONY: test-kafka
+test-kafka: ## Run the tests of Kafka on Apache Kafka, which it starts (needs Java and Maven)
+	WHARF_TEST_APACHE=1 go test -count=1 -p 1 ./infra/embedded/apache ./infra/kafka
+
+ROUNDS ?= 2
+
+.PHONY: torture
+torture: ## Kill, pause and restart processes of the shop under load, and count (ROUNDS=2 SEED=0, which is any; Linux)
+	go test -tags torture -count=1 -timeout 0 -v ./infra/torture -rounds $(ROUNDS) -seed $(SEED)
+
 .PHONY: bench
-bench: ## Measure Kafka and the projection engine on this machine
+bench: ## Measure the append path beside its limits, Kafka and the projection engine, on this machine
+	go test -tags bench -count=1 -timeout 0 -v ./infra/bench $(BENCH)
 	go test -run '^$$' -bench . -benchtime 1x ./infra/kafka ./infra/postgres
 
 .PHONY: lint
 lint: ## Formatting, vet, staticcheck, the import rule, a tidy and verified go.mod
 	@unformatted=$$(gofmt -l cmd commands domain infra projections); \
 	if [ -n "$$unformatted" ]; then echo "gofmt would change:"; echo "$$unformatted"; exit 1; fi
-	go vet -tags compose ./...
-	go run $(STATICCHECK) -tags compose ./...
+	go vet -tags compose,torture,bench ./...
+	go run $(STATICCHECK) -tags compose,torture,bench ./...
 	go test ./infra
 	go mod tidy -diff
 	go mod verify
