@@ -184,7 +184,7 @@ func (s *service[S]) own(ctx context.Context, partition int32, caughtUp func(con
 // run keeps the service going until ctx ends. It refuses to run on topics that could lose events.
 func (s *service[S]) run(ctx context.Context) error {
 	if err := s.client.CheckTopics(ctx, s.specs); err != nil {
-		return fmt.Errorf("the topics of %s will not do: %w", s.name, err)
+		return fmt.Errorf("check the topics of %s: %w", s.name, err)
 	}
 	// The journal outlives the policies, which need it to finish what they are at.
 	life, stop := context.WithCancel(context.WithoutCancel(ctx))
@@ -198,7 +198,8 @@ func (s *service[S]) run(ctx context.Context) error {
 		context.AfterFunc(life, cancel) // the journal has failed
 		return s.policies.Run(working)
 	})
-	group.Go(func() error { return s.watch(life) })
+	group.Go(func() error { return watchTopics(life, s.client, s.specs) })
+	group.Go(func() error { s.watch(life); return nil })
 	return group.Wait()
 }
 
@@ -206,14 +207,19 @@ func (s *service[S]) run(ctx context.Context) error {
 // said in the log every minute (see watch), and /projections shows the policies' lag.
 func (s *service[S]) ready() error { return s.journal.Ready() }
 
-// watch looks after the service once a minute: it ends with an error when somebody has made the topics unsafe, and
-// says again what has halted.
-func (s *service[S]) watch(ctx context.Context) error {
+// watch says again, once a minute, what has halted.
+func (s *service[S]) watch(ctx context.Context) {
 	for sleep(ctx, time.Minute) {
 		if err := errors.Join(s.journal.Halted(), s.policies.Halted()); err != nil {
 			slog.Error("partitions are halted", "service", s.name, "err", err)
 		}
-		err := s.client.CheckTopics(ctx, s.specs)
+	}
+}
+
+// watchTopics looks at the topics once a minute, and ends with an error when somebody has made them unsafe.
+func watchTopics(ctx context.Context, client *kafka.Client, specs []kafka.TopicSpec) error {
+	for sleep(ctx, time.Minute) {
+		err := client.CheckTopics(ctx, specs)
 		var unsafe *kafka.UnsafeTopicsError
 		if errors.As(err, &unsafe) {
 			return err

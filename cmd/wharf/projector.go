@@ -39,7 +39,7 @@ func (c *projectorCmd) Run(ctx context.Context) error {
 }
 
 // projectorPart runs all read models in the partitions that the group gives it. The group only shares the work out;
-// how far each task is stands in the database.
+// how far each task is stands in the database. It refuses to run on topics that could lose events.
 func projectorPart(ctx context.Context, client *kafka.Client, url string, partitions int) (part, error) {
 	engine, closePool, err := openEngine(ctx, client, url, partitions)
 	if err != nil {
@@ -52,8 +52,16 @@ func projectorPart(ctx context.Context, client *kafka.Client, url string, partit
 	return part{
 		run: func(ctx context.Context) error {
 			defer closePool()
+			specs := make([]kafka.TopicSpec, len(projections.Topics))
+			for i, topic := range projections.Topics {
+				specs[i] = kafka.TopicSpec{Name: topic, Partitions: int32(partitions)}
+			}
+			if err := client.CheckTopics(ctx, specs); err != nil {
+				return fmt.Errorf("check the topics of the projector: %w", err)
+			}
 			group, ctx := errgroup.WithContext(ctx)
 			group.Go(func() error { return engine.Run(ctx) })
+			group.Go(func() error { return watchTopics(ctx, client, specs) })
 			group.Go(func() error {
 				return client.RunGroup(ctx, "projector", projections.Topics, func(ctx context.Context, p int32) {
 					_ = engine.RunPartition(ctx, p) // which fails for no partition that there is

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"strings"
 	"sync"
@@ -512,3 +513,39 @@ func TestTheConsumerRule(t *testing.T) {
 		t.Error("event 7 after 5: the gap is not noticed")
 	}
 }
+
+// Consumers count events: those of a journal that was made anew would be passed over without a word.
+func TestNothingIsPublishedBehindTheEventsOfAnotherJournal(t *testing.T) {
+	s, _ := newService(t)
+	j, stop := s.Start(s.Config())
+	if _, err := j.Handle(t.Context(), journaltest.To("a"), journaltest.Count(1, 9)); err != nil {
+		t.Fatal(err)
+	}
+	p := s.Published("a", 1)[0].Partition
+	stop()
+	before, _ := s.Public.End(t.Context(), p)
+	s.Log = journal.NewMemory(journaltest.Partitions)
+	said := make(chan string, 1)
+	c := s.Config()
+	c.Logger = slog.New(slog.NewTextHandler(writer(func(line string) {
+		select {
+		case said <- line:
+		default:
+		}
+	}), nil))
+	j, stop = s.Start(c)
+	defer stop()
+	if _, err := j.Handle(t.Context(), journaltest.To("a"), journaltest.Count(1, 9)); err != nil {
+		t.Fatal(err)
+	}
+	if line := <-said; !strings.Contains(line, "made anew") {
+		t.Error(line)
+	}
+	if end, _ := s.Public.End(t.Context(), p); end != before {
+		t.Errorf("%d events were published", end-before)
+	}
+}
+
+type writer func(string)
+
+func (w writer) Write(b []byte) (int, error) { w(string(b)); return len(b), nil }

@@ -8,6 +8,7 @@ import (
 	"sort"
 	"strconv"
 	"sync"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
@@ -55,10 +56,12 @@ type partition[S commands.State[S]] struct {
 	skips   map[int64]bool
 	moved   chan struct{} // closed, and made anew, when next moves
 
-	lanes    map[string]*lane[S]
-	calls    int
-	barrier  barrier[S]
-	watchers map[*watcher]struct{}
+	lanes      map[string]*lane[S]
+	took       time.Duration // a commit, from its proposal to its fate, smoothed
+	complained time.Time     // of a log out of reach
+	calls      int
+	barrier    barrier[S]
+	watchers   map[*watcher]struct{}
 }
 
 // mark: before the record at offset, seq events had been accepted.
@@ -154,6 +157,9 @@ func (p *partition[S]) foldRecord(r Record) error {
 			p.Logger.Warn("a record of the journal is ignored", "verdict", verdict.String(), "partition", p.number,
 				"offset", r.Offset)
 		}
+	}
+	if l := p.lanes[name]; verdict == Rejected && l != nil {
+		l.rival = time.Now() // or we ourselves have lost, and know
 	}
 	if verdict != Accepted {
 		p.ignored = append(p.ignored, r.Offset)

@@ -31,13 +31,17 @@ func (j *Journal[S]) Publish(ctx context.Context, partition int32) {
 		return
 	}
 	p := j.partitions[partition]
-	for ctx.Err() == nil {
+	for delay := resendDelay; ctx.Err() == nil; delay = min(2*delay, time.Second) {
+		began := time.Now()
 		err := p.publish(ctx)
 		if ctx.Err() != nil {
 			return
 		}
+		if time.Since(began) > time.Minute {
+			delay = resendDelay
+		}
 		j.Logger.Warn("publishing starts again from the tail of the public topic", "partition", partition, "err", err)
-		pause(ctx, resendDelay)
+		pause(ctx, delay)
 	}
 }
 
@@ -83,6 +87,7 @@ func (p *partition[S]) resume(ctx context.Context) (place, error) {
 	if err != nil {
 		return place{}, err
 	}
+	strange := 0
 	for size := int64(tailChunk); end > 0; size = min(2*size, 64*tailChunk) {
 		from := max(0, end-size)
 		var records []Record
@@ -95,15 +100,21 @@ func (p *partition[S]) resume(ctx context.Context) (place, error) {
 		}
 		for _, r := range slices.Backward(records) {
 			e, ok := ParseEvent(p.Topic, r)
-			if !ok {
+			if !ok || e.Service != p.Service {
 				continue
 			}
+			strange++
 			at, ok, err := p.published(ctx, e, r)
 			if ok || err != nil {
 				return at, err
 			}
 		}
 		end = from
+	}
+	if strange > 0 {
+		// Consumers have these events, so they would pass over ours, which have the same counts.
+		return place{}, fmt.Errorf("the public topic %s holds %d events in partition %d, and the journal yields none of them: "+
+			"it was deleted and made anew, or restored from elsewhere; make all topics and read models anew", p.Topic, strange, p.number)
 	}
 	return place{}, nil
 }

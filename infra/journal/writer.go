@@ -69,7 +69,9 @@ func (c *call[S]) answer(receipt commands.Receipt, err error) {
 type lane[S commands.State[S]] struct {
 	queue  []*call[S] // in order of arrival
 	flight *flight[S]
-	pause  *time.Timer // between a lost race and the next try
+	pause  *time.Timer // while the stream is left to other replicas
+	rival  time.Time   // when another replica was last seen to write
+	since  time.Time   // our commits have followed each other since then; zero when they have not
 }
 
 // flight is a commit that was proposed and whose fate is open.
@@ -77,6 +79,7 @@ type flight[S commands.State[S]] struct {
 	commit   Commit
 	fence    uuid.UUID // the commit that was proposed in its place, after the log refused it
 	record   Record
+	sent     time.Time
 	members  []member[S]
 	resolved chan struct{}
 }
@@ -390,6 +393,7 @@ func refusalError(r *domain.Refusal) error {
 func (p *partition[S]) propose(g *group[S]) *flight[S] {
 	f := &flight[S]{
 		commit:   Commit{ID: p.NewID(), Parent: g.stream.Head, Events: len(g.frame.events)},
+		sent:     time.Now(),
 		members:  g.members,
 		resolved: make(chan struct{}),
 	}
@@ -404,20 +408,11 @@ func (p *partition[S]) propose(g *group[S]) *flight[S] {
 // outcome: the record may be in it all the same, so the same one is sent again. Only when the log refuses it for good
 // is it given up, and then by proposing a fence on the same parent: whichever of the two the log has first, counts.
 func (p *partition[S]) send(name string, f *flight[S]) {
-	ctx, cancel := context.WithCancel(p.life)
-	defer cancel()
-	go func() {
-		select {
-		case <-f.resolved:
-			cancel()
-		case <-ctx.Done():
-		}
-	}()
-	record, delay := f.record, resendDelay
-	for {
-		err := p.Log.Append(ctx, record)
+	record := f.record
+	for delay := resendDelay; ; {
+		err := p.Log.Append(p.life, record)
 		switch {
-		case err == nil || ctx.Err() != nil:
+		case err == nil || p.life.Err() != nil:
 			return
 		case errors.Is(err, ErrRefused) && f.fence == uuid.Nil:
 			p.Logger.Error("the log refuses a commit", "partition", p.number, "stream", name, "err", err)
@@ -427,11 +422,28 @@ func (p *partition[S]) send(name string, f *flight[S]) {
 			f.fence = fence.ID
 			p.mu.Unlock()
 		default:
-			p.Logger.Warn("cannot append a commit, trying again", "partition", p.number, "stream", name, "err", err)
-			pause(ctx, delay)
+			p.complain(name, err)
+			select {
+			case <-time.After(delay):
+			case <-f.resolved:
+				return
+			case <-p.life.Done():
+				return
+			}
 			delay = min(2*delay, time.Second)
 		}
 	}
+}
+
+// complain says that the log is out of reach: once a second, not once a stream.
+func (p *partition[S]) complain(name string, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if time.Since(p.complained) < time.Second {
+		return
+	}
+	p.complained = time.Now()
+	p.Logger.Warn("cannot append a commit, trying again", "partition", p.number, "stream", name, "err", err)
 }
 
 // repeat gives the call the answer that its key was given before.
@@ -482,6 +494,7 @@ func (p *partition[S]) resolve(name string, c Commit, before int64) {
 	}
 	f := l.flight
 	if f == nil {
+		p.rivals(name, l)
 		return
 	}
 	// Any commit that is accepted was on the flight's parent, so it decides the flight.
@@ -505,18 +518,16 @@ func (p *partition[S]) resolve(name string, c Commit, before int64) {
 			}
 		}
 	}
-	if len(lost) == 0 {
-		p.turn(name)
-		p.tidy(name, l)
-		return
-	}
 	l.queue = append(lost, l.queue...)
-	wait := time.Duration(p.Jitter(int64(time.Millisecond) << min(lost[0].attempts, 6)))
-	l.pause = time.AfterFunc(wait, func() {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		l.pause = nil
-		p.turn(name)
-		p.tidy(name, l)
-	})
+	took := time.Since(f.sent)
+	if p.took += (took - p.took) / 8; p.took == 0 {
+		p.took = took
+	}
+	if c.ID == f.commit.ID || c.ID == f.fence {
+		p.won(name, l)
+	} else {
+		p.rivals(name, l)
+	}
+	p.turn(name)
+	p.tidy(name, l)
 }

@@ -18,14 +18,25 @@ type Log struct{ *Reader }
 // Log is the journal topic of that name.
 func (c *Client) Log(topic string) *Log { return &Log{c.Reader(topic)} }
 
-// Append publishes the record through Watermill's Publisher; appends of many goroutines travel together. When ctx
-// ends first its error is returned, and the record is still being sent.
+// Append publishes the record through Watermill's Publisher; appends of many goroutines travel together. It returns
+// when the publisher has an answer, or has given up: the end of ctx keeps it only from beginning.
 func (l *Log) Append(ctx context.Context, r journal.Record) error {
-	err := l.c.do(ctx, func() error { return l.c.pub.Publish(l.topic, newCommitMessage(r)) })
+	err := ctx.Err()
+	if err == nil {
+		err = l.publish(r)
+	}
 	if err != nil {
 		return fmt.Errorf("append to %s partition %d: %w", l.topic, r.Partition, refused(err))
 	}
 	return nil
+}
+
+func (l *Log) publish(r journal.Record) error {
+	if !l.c.enter() {
+		return ErrClosed
+	}
+	defer l.c.wg.Done()
+	return l.c.pub.Publish(l.topic, newCommitMessage(r))
 }
 
 // refused marks the errors that no repetition can cure.
@@ -158,7 +169,7 @@ func newBatch(records []journal.Record, now time.Time) *sarama.RecordBatch {
 					at = t
 				}
 			}
-			headers[j] = sarama.RecordHeader{Key: []byte(h.Key), Value: h.Value}
+			headers[j] = sarama.RecordHeader{Key: headerName(h.Key), Value: h.Value}
 			refs[j] = &headers[j]
 		}
 		at = at.Truncate(time.Millisecond)

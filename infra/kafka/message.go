@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"sync"
 
 	"github.com/IBM/sarama"
 	wkafka "github.com/ThreeDotsLabs/watermill-kafka/v3/pkg/kafka"
@@ -111,11 +112,24 @@ func (marshaler) Marshal(topic string, msg *message.Message) (*sarama.ProducerMe
 	if r.Value != nil {
 		out.Value = sarama.ByteEncoder(r.Value)
 	}
-	out.Headers = append(out.Headers, sarama.RecordHeader{Key: []byte(uuidHeader), Value: []byte(msg.UUID)})
+	out.Headers = append(out.Headers, sarama.RecordHeader{Key: headerName(uuidHeader), Value: []byte(msg.UUID)})
 	for _, h := range r.Headers {
-		out.Headers = append(out.Headers, sarama.RecordHeader{Key: []byte(h.Key), Value: h.Value})
+		out.Headers = append(out.Headers, sarama.RecordHeader{Key: headerName(h.Key), Value: h.Value})
 	}
 	return out, nil
+}
+
+// headerNames holds the names of headers as bytes. There are two dozen of them, in every record.
+var headerNames sync.Map
+
+// headerName is the name as bytes that nobody may change.
+func headerName(name string) []byte {
+	if b, ok := headerNames.Load(name); ok {
+		return b.([]byte)
+	}
+	b := []byte(name)
+	headerNames.Store(name, b)
+	return b
 }
 
 // withoutUUID leaves out the header that Append adds, where it says nothing that the others do not, so that a record

@@ -84,6 +84,7 @@ type run struct {
 	client   *shop.Client
 	progress io.Writer
 	patience time.Duration
+	name     string // of the run, where its orders are made up
 	orders   []order
 
 	delivered atomic.Int64
@@ -120,7 +121,8 @@ func Run(ctx context.Context, o Options) (Report, error) {
 
 	var report Report
 	if o.File == "" {
-		r.orders = makeUp(uuid.NewString(), cmp.Or(o.Orders, 100))
+		r.name = uuid.NewString()
+		r.orders = makeUp(r.name, cmp.Or(o.Orders, 100))
 	} else {
 		f, err := readFile(o.File, func(line int, err error) { r.say("line %d skipped: %v", line, err) })
 		if err != nil {
@@ -250,7 +252,7 @@ func (r *run) receive(ctx context.Context, percent, concurrency int) error {
 			for part := 0; quantity > 0; part++ {
 				n := min(quantity, maxReceive)
 				// A key is visible ASCII, which a SKU need not be.
-				key := uuid.NewSHA1(keys, fmt.Appendf(nil, "receive %d+%d %s", quantity, part, item.SKU)).String()
+				key := uuid.NewSHA1(keys, fmt.Appendf(nil, "%sreceive %d+%d %s", r.name, quantity, part, item.SKU)).String()
 				_, err := r.timed(func() (shop.Receipt, error) { return r.client.Receive(ctx, key, item.SKU, n) })
 				if refused(err) { // the rest of the load does not depend on it
 					r.say("stock was not taken in: %v", err)
