@@ -49,7 +49,7 @@ type Log interface {
 	// Append publishes one record to r.Partition. Nil means that the record is in the log, durably. An error
 	// means that the outcome is unknown: the record may be in the log, come into it later, or twice. ErrRefused
 	// (see errors.Is) means that trying the same record again is of no use (too large, not authorised); even then
-	// an earlier try of it may have got in.
+	// an earlier try of it may have got in. The end of ctx need not end a call that is under way.
 	Append(ctx context.Context, r Record) error
 }
 

@@ -82,9 +82,10 @@ type Client struct {
 	closed  bool
 	wg      sync.WaitGroup // entered only under mu while not closed
 	readers map[string]*Reader
-	conns   map[string]*sarama.Broker // by address and purpose
-	enders  map[string]*ender         // by address
-	known   map[string]identity       // by topic
+	conns   map[string]*sarama.Broker      // by address and purpose
+	ends    map[string]*gatherer[endAsk]   // by address
+	batches map[string]*gatherer[batchAsk] // by address
+	known   map[string]identity            // by topic
 }
 
 func init() {
@@ -122,7 +123,8 @@ func Connect(ctx context.Context, cfg Config) (*Client, error) {
 	}
 	c := &Client{
 		cfg: cfg, conf: conf, log: cfg.Logger, sarama: cl, pub: pub,
-		readers: map[string]*Reader{}, conns: map[string]*sarama.Broker{}, enders: map[string]*ender{},
+		readers: map[string]*Reader{}, conns: map[string]*sarama.Broker{},
+		ends: map[string]*gatherer[endAsk]{}, batches: map[string]*gatherer[batchAsk]{},
 		known: map[string]identity{},
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strconv"
 	"time"
 
 	"github.com/IBM/sarama"
@@ -62,10 +61,6 @@ type PublicLog struct{ *Reader }
 // PublicLog is the public topic of that name.
 func (c *Client) PublicLog(topic string) *PublicLog { return &PublicLog{c.Reader(topic)} }
 
-// produceConns is how many connections to a broker share the batches, by partition: a connection carries one request
-// at a time.
-const produceConns = 4
-
 // AppendBatch publishes the records as one atomic record batch. The time of a record is that of its ce_time header, if
 // it has one that is not in the future (which brokers refuse), or else now. While it is certain that nothing was
 // written (no leader, no connection), it is tried again, a bounded number of times. When ctx ends first its error is
@@ -104,48 +99,91 @@ func (l *PublicLog) produce(
 			return false, err
 		}
 	}
+	answer := make(chan batchAnswer, 1)
+	if err := gather(l.c, l.c.batches, addr, l.c.sendBatches).add(batchAsk{l.topic, partition, batch, answer}); err != nil {
+		return false, err
+	}
+	select {
+	case a := <-answer:
+		return a.written, a.err
+	case <-ctx.Done():
+		return true, ctx.Err()
+	}
+}
+
+// batchAsk asks for a batch to be appended.
+type batchAsk struct {
+	topic     string
+	partition int32
+	batch     *sarama.RecordBatch
+	answer    chan<- batchAnswer
+}
+
+// batchAnswer has an error, or written is true. With an error it may be true as well.
+type batchAnswer struct {
+	written bool
+	err     error
+}
+
+// sendBatches makes one request of the batches, or as many as a partition has batches: a request holds one of each.
+func (c *Client) sendBatches(addr string, asks []batchAsk) {
+	for len(asks) > 0 {
+		type place struct {
+			topic     string
+			partition int32
+		}
+		now, later, taken := asks[:0:0], asks[:0:0], map[place]bool{}
+		for _, a := range asks {
+			if p := (place{a.topic, a.partition}); taken[p] {
+				later = append(later, a)
+			} else {
+				taken[p], now = true, append(now, a)
+			}
+		}
+		c.sendOneOfEach(addr, now)
+		asks = later
+	}
+}
+
+func (c *Client) sendOneOfEach(addr string, asks []batchAsk) {
 	req := &sarama.ProduceRequest{
 		Version:      7,
 		RequiredAcks: sarama.WaitForAll,
-		Timeout:      int32(l.c.conf.Producer.Timeout.Milliseconds()),
+		Timeout:      int32(c.conf.Producer.Timeout.Milliseconds()),
 	}
-	req.AddBatch(l.topic, partition, batch)
-	// The answer comes by a channel and not by captured variables: it may come after ctx has ended.
-	type answer struct {
-		sent bool
-		resp *sarama.ProduceResponse
-		err  error
+	for _, a := range asks {
+		req.AddBatch(a.topic, a.partition, a.batch)
 	}
-	got := make(chan answer, 1)
-	err = l.c.do(ctx, func() error {
-		conn := l.c.conn(addr, "produce"+strconv.Itoa(int(partition)%produceConns))
-		if ok, err := conn.Connected(); !ok {
-			got <- answer{err: fmt.Errorf("no connection to broker %s: %w", addr, errors.Join(sarama.ErrNotConnected, err))}
-			return nil
+	conn := c.conn(addr, "produce")
+	if ok, err := conn.Connected(); !ok {
+		err = fmt.Errorf("no connection to broker %s: %w", addr, errors.Join(sarama.ErrNotConnected, err))
+		for _, a := range asks {
+			a.answer <- batchAnswer{false, err}
 		}
-		resp, err := conn.Produce(req)
-		got <- answer{true, resp, err}
-		return nil
-	})
-	if err != nil {
-		return !errors.Is(err, ErrClosed), err
+		return
 	}
-	a := <-got
-	if a.err != nil {
-		return a.sent, a.err
+	resp, err := conn.Produce(req)
+	for _, a := range asks {
+		if err != nil {
+			a.answer <- batchAnswer{true, err}
+			continue
+		}
+		a.answer <- batchAnswerOf(resp.GetBlock(a.topic, a.partition))
 	}
-	block := a.resp.GetBlock(l.topic, partition)
+}
+
+func batchAnswerOf(block *sarama.ProduceResponseBlock) batchAnswer {
 	if block == nil {
-		return true, errors.New("the broker's answer does not speak of the partition")
+		return batchAnswer{true, errors.New("the broker's answer does not speak of the partition")}
 	}
 	switch block.Err {
 	case sarama.ErrNoError:
-		return true, nil
+		return batchAnswer{true, nil}
 	case sarama.ErrNotLeaderForPartition, sarama.ErrLeaderNotAvailable, sarama.ErrUnknownTopicOrPartition,
 		sarama.ErrNotEnoughReplicas: // all are found before anything is written
-		return false, block.Err
+		return batchAnswer{false, block.Err}
 	}
-	return true, block.Err
+	return batchAnswer{true, block.Err}
 }
 
 // newBatch is the record batch of these records. It names no producer: the publisher repeats itself by reading its

@@ -84,7 +84,7 @@ func TestAppendOfManyAtOnce(t *testing.T) {
 	}
 }
 
-func TestAppendEndsWithItsContext(t *testing.T) {
+func TestAppendBatchEndsWithItsContext(t *testing.T) {
 	onlyFake(t)
 	cluster, err := kfake.NewCluster(kfake.NumBrokers(1))
 	if err != nil {
@@ -101,7 +101,7 @@ func TestAppendEndsWithItsContext(t *testing.T) {
 	})
 	ctx, cancel := context.WithCancel(t.Context())
 	got := make(chan error)
-	go func() { got <- c.Log(name).Append(ctx, numbered(0, 0, 1)[0]) }()
+	go func() { got <- c.PublicLog(name).AppendBatch(ctx, 0, numbered(0, 0, 1)) }()
 	<-arrived
 	cancel()
 	if err := <-got; !errors.Is(err, context.Canceled) || errors.Is(err, journal.ErrRefused) {

@@ -151,7 +151,7 @@ func (r *Reader) End(ctx context.Context, partition int32) (int64, error) {
 		addr, err := r.c.leader(ctx, r.topic, partition, retry.tries > 0)
 		if err == nil {
 			var end int64
-			if end, err = r.c.ender(addr).ask(ctx, r.topic, partition); err == nil {
+			if end, err = r.c.askEnd(ctx, addr, r.topic, partition); err == nil {
 				return end, nil
 			}
 		}
@@ -162,16 +162,7 @@ func (r *Reader) End(ctx context.Context, partition int32) (int64, error) {
 	}
 }
 
-// ender asks one broker for the ends of partitions. What is asked while a request is under way shares the next one.
-type ender struct {
-	c    *Client
-	addr string
-
-	mu     sync.Mutex
-	asks   []endAsk
-	asking bool
-}
-
+// endAsk asks for the end of a partition.
 type endAsk struct {
 	topic     string
 	partition int32
@@ -183,30 +174,11 @@ type endAnswer struct {
 	err error
 }
 
-func (c *Client) ender(addr string) *ender {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	e := c.enders[addr]
-	if e == nil {
-		e = &ender{c: c, addr: addr}
-		c.enders[addr] = e
-	}
-	return e
-}
-
-func (e *ender) ask(ctx context.Context, topic string, partition int32) (int64, error) {
+func (c *Client) askEnd(ctx context.Context, addr, topic string, partition int32) (int64, error) {
 	answer := make(chan endAnswer, 1)
-	e.mu.Lock()
-	e.asks = append(e.asks, endAsk{topic, partition, answer})
-	if !e.asking {
-		if !e.c.enter() {
-			e.mu.Unlock()
-			return 0, ErrClosed
-		}
-		e.asking = true
-		go e.run()
+	if err := gather(c, c.ends, addr, c.askEnds).add(endAsk{topic, partition, answer}); err != nil {
+		return 0, err
 	}
-	e.mu.Unlock()
 	select {
 	case a := <-answer:
 		return a.end, a.err
@@ -215,36 +187,25 @@ func (e *ender) ask(ctx context.Context, topic string, partition int32) (int64, 
 	}
 }
 
-func (e *ender) run() {
-	defer e.c.wg.Done()
-	for {
-		e.mu.Lock()
-		asks := e.asks
-		e.asks = nil
-		e.asking = len(asks) > 0
-		e.mu.Unlock()
-		if len(asks) == 0 {
-			return
-		}
-		req := sarama.NewOffsetRequest(e.c.conf.Version)
-		for _, a := range asks {
-			req.AddBlock(a.topic, a.partition, sarama.OffsetNewest, 1)
-		}
-		resp, err := e.c.conn(e.addr, "ends").GetAvailableOffsets(req)
-		for _, a := range asks {
-			switch {
-			case err != nil:
-				a.answer <- endAnswer{err: err}
-			case resp.GetBlock(a.topic, a.partition) == nil:
-				a.answer <- endAnswer{err: sarama.ErrIncompleteResponse}
-			default:
-				b := resp.GetBlock(a.topic, a.partition)
-				var err error
-				if b.Err != sarama.ErrNoError {
-					err = b.Err
-				}
-				a.answer <- endAnswer{b.Offset, err}
+func (c *Client) askEnds(addr string, asks []endAsk) {
+	req := sarama.NewOffsetRequest(c.conf.Version)
+	for _, a := range asks {
+		req.AddBlock(a.topic, a.partition, sarama.OffsetNewest, 1)
+	}
+	resp, err := c.conn(addr, "ends").GetAvailableOffsets(req)
+	for _, a := range asks {
+		switch {
+		case err != nil:
+			a.answer <- endAnswer{err: err}
+		case resp.GetBlock(a.topic, a.partition) == nil:
+			a.answer <- endAnswer{err: sarama.ErrIncompleteResponse}
+		default:
+			b := resp.GetBlock(a.topic, a.partition)
+			var err error
+			if b.Err != sarama.ErrNoError {
+				err = b.Err
 			}
+			a.answer <- endAnswer{b.Offset, err}
 		}
 	}
 }
