@@ -64,7 +64,7 @@ func New[S commands.State[S]](c Config) *Journal[S] {
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
-	c.Logger = c.Logger.With("journal", c.Service)
+	c.Logger = c.Logger.With("topic", c.Service+".journal")
 	j := &Journal[S]{Config: c, started: make(chan struct{})}
 	for p := range c.Partitions {
 		j.partitions = append(j.partitions, newPartition(j, int32(p)))
