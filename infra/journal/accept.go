@@ -9,7 +9,10 @@
 package journal
 
 import (
+	"bytes"
+	"encoding/hex"
 	"strconv"
+	"time"
 
 	"github.com/google/uuid"
 )
@@ -77,7 +80,7 @@ func Judge(r Record, partitions int, head func(stream string) Head) (Commit, Ver
 	}
 	c := Commit{ID: h.uuid(headerCommit), Events: int(h.number(headerEvents, MaxEvents))}
 	c.Parent.Version = h.number(headerVersion, maxInt64)
-	if h.one(headerParent) != "" {
+	if len(h.one(headerParent)) > 0 {
 		c.Parent.Commit = h.uuid(headerParent)
 	}
 	count := h.number(headerPartitions, maxInt32)
@@ -107,7 +110,7 @@ type headers struct {
 	malformed bool
 }
 
-func headersOf(r Record) *headers { return &headers{list: r.Headers} }
+func headersOf(r Record) headers { return headers{list: r.Headers} }
 
 // format is the record's format: 0 when it has none, too many or a senseless one. Of several the highest counts, if
 // this program does not know it: halting needlessly is better than diverging from a newer reader.
@@ -118,7 +121,7 @@ func (h *headers) format() (format int64) {
 			continue
 		}
 		seen++
-		n, ok := number(string(header.Value))
+		n, ok := number(header.Value)
 		if n > Format {
 			return n
 		}
@@ -133,17 +136,17 @@ func (h *headers) format() (format int64) {
 }
 
 // one is the value of a header that must be there exactly once.
-func (h *headers) one(key string) (value string) {
+func (h *headers) one(key string) (value []byte) {
 	seen := 0
 	for _, header := range h.list {
 		if header.Key == key {
 			seen++
-			value = string(header.Value)
+			value = header.Value
 		}
 	}
 	if seen != 1 {
 		h.malformed = true
-		return ""
+		return nil
 	}
 	return value
 }
@@ -158,52 +161,97 @@ func (h *headers) number(key string, most int64) int64 {
 
 func (h *headers) uuid(key string) uuid.UUID {
 	value := h.one(key)
-	id, err := uuid.Parse(value)
-	if err != nil || id.String() != value || id.Version() != 7 || id.Variant() != uuid.RFC4122 {
+	id, err := uuid.ParseBytes(value)
+	if err != nil || !spells(value, id) || id.Version() != 7 || id.Variant() != uuid.RFC4122 {
 		h.malformed = true
 	}
 	return id
 }
 
+// spells says that the text is how the id is written: in lower case, with hyphens and nothing else.
+func spells(text []byte, id uuid.UUID) bool {
+	var buffer [36]byte
+	return bytes.Equal(text, appendID(buffer[:0], id))
+}
+
+func appendID(b []byte, id uuid.UUID) []byte {
+	b = append(hex.AppendEncode(b, id[:4]), '-')
+	b = append(hex.AppendEncode(b, id[4:6]), '-')
+	b = append(hex.AppendEncode(b, id[6:8]), '-')
+	b = append(hex.AppendEncode(b, id[8:10]), '-')
+	return hex.AppendEncode(b, id[10:])
+}
+
 // number reads a decimal without sign, spaces or leading zeros. One that is too large for an int64 reads as the
 // largest, and is not ok.
-func number(s string) (n int64, ok bool) {
-	for _, c := range []byte(s) {
+func number(s []byte) (n int64, ok bool) {
+	if len(s) == 0 || len(s) > 1 && s[0] == '0' {
+		return 0, false
+	}
+	for _, c := range s {
 		if c < '0' || c > '9' {
 			return 0, false
 		}
 	}
-	if s == "" || len(s) > 1 && s[0] == '0' {
-		return 0, false
-	}
-	n, err := strconv.ParseInt(s, 10, 64)
-	if err != nil {
+	if len(s) > 19 {
 		return maxInt64, false
+	}
+	for _, c := range s {
+		if n = n*10 + int64(c-'0'); n < 0 {
+			return maxInt64, false
+		}
 	}
 	return n, true
 }
 
 // newCommitRecord is the record that proposes the commit.
 func newCommitRecord(stream string, partitions int, c Commit, trace string, frame []byte) Record {
-	parent := ""
-	if c.Parent.Commit != uuid.Nil {
-		parent = c.Parent.Commit.String()
+	w := newHeaderWriter(7, 160)
+	w.number(headerFormat, Format)
+	w.id(headerCommit, c.ID)
+	if c.Parent.Commit == uuid.Nil {
+		w.text(headerParent, "")
+	} else {
+		w.id(headerParent, c.Parent.Commit)
 	}
-	r := Record{
-		Partition: Partition([]byte(stream), partitions),
-		Key:       []byte(stream),
-		Value:     frame,
-		Headers: []Header{
-			{headerFormat, strconv.AppendInt(nil, Format, 10)},
-			{headerCommit, []byte(c.ID.String())},
-			{headerParent, []byte(parent)},
-			{headerVersion, strconv.AppendInt(nil, c.Parent.Version, 10)},
-			{headerEvents, strconv.AppendInt(nil, int64(c.Events), 10)},
-			{headerPartitions, strconv.AppendInt(nil, int64(partitions), 10)},
-		},
-	}
+	w.number(headerVersion, c.Parent.Version)
+	w.number(headerEvents, int64(c.Events))
+	w.number(headerPartitions, int64(partitions))
 	if trace != "" {
-		r.Headers = append(r.Headers, Header{headerTrace, []byte(trace)})
+		w.text(headerTrace, trace)
 	}
-	return r
+	key := []byte(stream)
+	return Record{Partition: Partition(key, partitions), Key: key, Value: frame, Headers: w.headers}
+}
+
+// headerWriter makes the headers of a record with their values in one piece of memory. There are many records.
+type headerWriter struct {
+	headers []Header
+	values  []byte
+}
+
+func newHeaderWriter(headers, bytes int) headerWriter {
+	return headerWriter{make([]Header, 0, headers), make([]byte, 0, bytes)}
+}
+
+// add takes over what was appended to values since they ended at `from`.
+func (w *headerWriter) add(key string, from int, values []byte) {
+	w.values = values
+	w.headers = append(w.headers, Header{key, values[from:len(values):len(values)]})
+}
+
+func (w *headerWriter) text(key, value string) {
+	w.add(key, len(w.values), append(w.values, value...))
+}
+
+func (w *headerWriter) number(key string, n int64) {
+	w.add(key, len(w.values), strconv.AppendInt(w.values, n, 10))
+}
+
+func (w *headerWriter) id(key string, id uuid.UUID) {
+	w.add(key, len(w.values), appendID(w.values, id))
+}
+
+func (w *headerWriter) time(key string, t time.Time) {
+	w.add(key, len(w.values), t.UTC().AppendFormat(w.values, time.RFC3339Nano))
 }

@@ -40,28 +40,27 @@ const Unreadable = "wharf.unreadable.v1"
 
 // NewEventRecord is the public record that tells the event. ParseEvent reverses it.
 func NewEventRecord(e domain.Recorded) Record {
-	headers := make([]Header, 0, 14)
-	add := func(key, value string) { headers = append(headers, Header{key, []byte(value)}) }
-	add(ceSpecVersion, "1.0")
-	add(ceID, e.ID.String())
-	add(ceSource, sourceRoot+e.Service)
-	add(ceType, e.Name)
-	add(ceSubject, e.Stream)
-	add(ceTime, e.Time.UTC().Format(time.RFC3339Nano))
-	add(ceSeq, strconv.FormatInt(e.Seq, 10))
-	add(ceOffset, strconv.FormatInt(e.Offset, 10))
-	add(ceIndex, strconv.Itoa(e.Index))
-	add(ceVersion, strconv.FormatInt(e.Version, 10))
+	w := newHeaderWriter(13, 320)
+	w.text(ceSpecVersion, "1.0")
+	w.id(ceID, e.ID)
+	w.text(ceSource, sourceRoot+e.Service)
+	w.text(ceType, e.Name)
+	w.text(ceSubject, e.Stream)
+	w.time(ceTime, e.Time)
+	w.number(ceSeq, e.Seq)
+	w.number(ceOffset, e.Offset)
+	w.number(ceIndex, int64(e.Index))
+	w.number(ceVersion, e.Version)
 	if e.Cause.Topic != "" {
-		add(ceCause, e.Cause.String())
+		w.text(ceCause, e.Cause.String())
 	}
 	if e.Trace != "" {
-		add(ceTrace, e.Trace)
+		w.text(ceTrace, e.Trace)
 	}
 	if e.Name != Unreadable {
-		add(contentType, "application/json")
+		w.text(contentType, "application/json")
 	}
-	return Record{Partition: e.Partition, Key: []byte(e.Stream), Value: e.Data, Headers: headers}
+	return Record{Partition: e.Partition, Key: []byte(e.Stream), Value: e.Data, Headers: w.headers}
 }
 
 // ParseEvent reads a record of a public topic. It is false for a record without the envelope (somebody else's), which

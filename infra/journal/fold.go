@@ -41,6 +41,7 @@ func (p *partition[S]) haltedGauge(halted float64) {
 type partition[S commands.State[S]] struct {
 	*Journal[S]
 	number int32
+	counts [TooNew + 1]prometheus.Counter // by verdict
 
 	mu      sync.Mutex
 	streams map[string]*stream[S]
@@ -70,11 +71,15 @@ type mark struct{ offset, seq int64 }
 const marksEvery = 1024 // offsets
 
 func newPartition[S commands.State[S]](j *Journal[S], number int32) *partition[S] {
-	return &partition[S]{
+	p := &partition[S]{
 		Journal: j, number: number,
 		streams: map[string]*stream[S]{}, lanes: map[string]*lane[S]{}, watchers: map[*watcher]struct{}{},
 		skips: map[int64]bool{}, moved: make(chan struct{}),
 	}
+	for v := range p.counts {
+		p.counts[v] = recordsTotal.WithLabelValues(j.Service, Verdict(v).String())
+	}
+	return p
 }
 
 // errSkipped restarts the reading behind a record that an operator had skipped.
@@ -136,35 +141,35 @@ func (p *partition[S]) foldRecord(r Record) error {
 		p.ignored = append(p.ignored, r.Offset)
 		return nil
 	}
-	name := string(r.Key)
-	s := p.streams[name]
+	s := p.streams[string(r.Key)] // which makes no string
 	c, verdict := Judge(r, p.Partitions, func(string) Head {
 		if s == nil {
 			return Head{}
 		}
 		return s.Head
 	})
-	recordsTotal.WithLabelValues(p.Service, verdict.String()).Inc()
+	p.counts[verdict].Inc()
 	switch verdict {
 	case TooNew:
 		return fmt.Errorf("record %s/%d/%d has a %s above %d, which this program does not know: upgrade it, or have "+
 			"the record skipped if it is garbage", p.Service+".journal", r.Partition, r.Offset, headerFormat, Format)
 	case Impossible:
 		p.Logger.Error("a commit names a version that its stream never had: some writer is broken",
-			"partition", p.number, "offset", r.Offset, "stream", name)
+			"partition", p.number, "offset", r.Offset, "stream", string(r.Key))
 	case Foreign, Malformed, Misplaced:
 		if skip(r) < 0 {
 			p.Logger.Warn("a record of the journal is ignored", "verdict", verdict.String(), "partition", p.number,
 				"offset", r.Offset)
 		}
 	}
-	if l := p.lanes[name]; verdict == Rejected && l != nil {
+	if l := p.lanes[string(r.Key)]; verdict == Rejected && l != nil {
 		l.rival = time.Now() // or we ourselves have lost, and know
 	}
 	if verdict != Accepted {
 		p.ignored = append(p.ignored, r.Offset)
 		return nil
 	}
+	name := string(r.Key)
 	if s == nil {
 		s = &stream[S]{}
 		p.streams[name] = s
@@ -225,11 +230,11 @@ func (p *partition[S]) awaitPast(ctx context.Context, offset int64) error {
 	}
 }
 
-// past says whether everything before the offset is folded.
-func (p *partition[S]) past(offset int64) bool {
+// folded is the offset before which everything is folded.
+func (p *partition[S]) folded() int64 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.next >= offset
+	return p.next
 }
 
 // accepted says whether the record at a folded offset was accepted.

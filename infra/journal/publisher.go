@@ -139,7 +139,8 @@ func (p *partition[S]) published(ctx context.Context, e domain.Recorded, r Recor
 				at = place{mark{j.Offset, seq.seq}, e.Index + 1}
 				return nil
 			}
-			seq.seq += headersOf(j).number(headerEvents, MaxEvents)
+			h := headersOf(j)
+			seq.seq += h.number(headerEvents, MaxEvents)
 		}
 		return nil
 	})
@@ -151,8 +152,9 @@ func (p *partition[S]) walk(ctx context.Context, from place, f func([]Record) er
 	seq, skip := from.seq, from.published
 	return p.Log.Read(ctx, p.number, from.offset, func(b Batch) error {
 		var out []Record
+		folded := p.folded()
 		for _, r := range b.Records {
-			if !p.past(r.Offset + 1) { // the fold may have halted here: what lies before must go out
+			if r.Offset >= folded { // the fold may have halted here: what lies before must go out
 				if err := f(out); err != nil {
 					return err
 				}
@@ -160,6 +162,7 @@ func (p *partition[S]) walk(ctx context.Context, from place, f func([]Record) er
 				if err := p.awaitPast(ctx, r.Offset+1); err != nil {
 					return err
 				}
+				folded = p.folded()
 			}
 			if !p.accepted(r.Offset) {
 				continue
@@ -182,7 +185,7 @@ func (p *partition[S]) publicRecords(r Record, seq int64) []Record {
 	version := h.number(headerVersion, maxInt64)
 	trace := ""
 	if slices.ContainsFunc(r.Headers, func(h Header) bool { return h.Key == headerTrace }) {
-		trace = h.one(headerTrace)
+		trace = string(h.one(headerTrace))
 	}
 	f, err := decodeFrame(r.Value, count)
 	if err != nil {
