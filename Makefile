@@ -21,7 +21,8 @@ test: ## Run all tests
 
 .PHONY: race
 race: ## Run the tests of what is concurrent with the race detector
-	go test -race ./commands/... ./infra/journal/... ./infra/kafka ./infra/policies ./infra/web
+	go test -race ./commands/... ./infra/kafka ./infra/policies ./infra/web
+	go test -race ./infra/journal -seeds 300
 
 SEEDS ?= 10000
 FROM ?= 1

@@ -157,8 +157,8 @@ type stray struct {
 	records   []journal.Record
 }
 
-// settle takes the requests whose callers have left out of the list, and puts the rest in an order that does not
-// depend on which goroutine came first.
+// settle begins a step: it takes the requests whose callers have left out of the list, and puts the rest in an order
+// that does not depend on which goroutine came first.
 func (w *world) settle() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -170,6 +170,8 @@ func (w *world) settle() {
 		}
 		return q.gone
 	})
+	w.pending = slices.Clone(w.requests)
+	w.step++
 }
 
 func (q *request) stray() stray { return stray{q.order, q.topic, q.partition, q.records} }

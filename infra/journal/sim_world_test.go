@@ -45,6 +45,7 @@ type world struct {
 	sources         []*source
 	history         journaltest.History
 	strays          []stray
+	pending         []*request       // those of this step
 	refused         map[string]bool  // commits
 	sent            map[string]int64 // commit: step of its first append
 	oracle          [simPartitions]*verdict
@@ -538,7 +539,7 @@ func (w *world) choices() (all []choice) {
 			})
 		}
 	}
-	for _, q := range w.requests {
+	for _, q := range w.pending {
 		if !q.replica.paused {
 			w.answers(q, chaos, can, fault)
 		}
@@ -722,7 +723,7 @@ func (w *world) run() error {
 		w.start(slot)
 	}
 	limit := w.steps + 20_000
-	for ; w.failed() == nil && !w.atRest(); w.step++ {
+	for w.failed() == nil && !w.atRest() {
 		if w.step > limit {
 			w.violate(errors.New("it does not come to rest"))
 			break
