@@ -498,6 +498,9 @@ func TestTooManyCallsAreTurnedAway(t *testing.T) {
 	if err := <-first; err != nil {
 		t.Error(err)
 	}
+	if _, err := j.Handle(t.Context(), journaltest.To("a"), journaltest.Count(1, 9)); err != nil {
+		t.Error("there is room again, and:", err)
+	}
 }
 
 func TestTheConsumerRule(t *testing.T) {

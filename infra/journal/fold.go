@@ -58,6 +58,7 @@ type partition[S commands.State[S]] struct {
 	moved   chan struct{} // closed, and made anew, when next moves
 
 	lanes      map[string]*lane[S]
+	contests   map[string]*contest
 	took       time.Duration // a commit, from its proposal to its fate, smoothed
 	complained time.Time     // of a log out of reach
 	calls      int
@@ -73,7 +74,7 @@ const marksEvery = 1024 // offsets
 func newPartition[S commands.State[S]](j *Journal[S], number int32) *partition[S] {
 	p := &partition[S]{
 		Journal: j, number: number,
-		streams: map[string]*stream[S]{}, lanes: map[string]*lane[S]{}, watchers: map[*watcher]struct{}{},
+		streams: map[string]*stream[S]{}, lanes: map[string]*lane[S]{}, contests: map[string]*contest{}, watchers: map[*watcher]struct{}{},
 		skips: map[int64]bool{}, moved: make(chan struct{}),
 	}
 	for v := range p.counts {
@@ -163,7 +164,7 @@ func (p *partition[S]) foldRecord(r Record) error {
 		}
 	}
 	if l := p.lanes[string(r.Key)]; verdict == Rejected && l != nil {
-		l.rival = time.Now() // or we ourselves have lost, and know
+		p.rival(string(r.Key)) // or we ourselves have lost, and know
 	}
 	if verdict != Accepted {
 		p.ignored = append(p.ignored, r.Offset)

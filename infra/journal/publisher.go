@@ -40,6 +40,11 @@ func (j *Journal[S]) Publish(ctx context.Context, partition int32) {
 		if time.Since(began) > time.Minute {
 			delay = resendDelay
 		}
+		if errors.Is(err, errOtherJournal) {
+			j.Logger.Error("nothing is published", "partition", partition, "err", err)
+			pause(ctx, time.Minute)
+			continue
+		}
 		j.Logger.Warn("publishing starts again from the tail of the public topic", "partition", partition, "err", err)
 		pause(ctx, delay)
 	}
@@ -80,6 +85,9 @@ type place struct {
 	published int // events of that commit
 }
 
+var errOtherJournal = errors.New("the public topic holds events, and the journal yields none of them: the journal was deleted " +
+	"and made anew, or restored from elsewhere; make all topics and read models anew")
+
 // resume finds the last record of the public topic that is ours: one that equals, byte for byte, what the journal
 // yields. Records of others may lie around it.
 func (p *partition[S]) resume(ctx context.Context) (place, error) {
@@ -87,7 +95,7 @@ func (p *partition[S]) resume(ctx context.Context) (place, error) {
 	if err != nil {
 		return place{}, err
 	}
-	strange := 0
+	strange := false
 	for size := int64(tailChunk); end > 0; size = min(2*size, 64*tailChunk) {
 		from := max(0, end-size)
 		var records []Record
@@ -103,7 +111,7 @@ func (p *partition[S]) resume(ctx context.Context) (place, error) {
 			if !ok || e.Service != p.Service {
 				continue
 			}
-			strange++
+			strange = true
 			at, ok, err := p.published(ctx, e, r)
 			if ok || err != nil {
 				return at, err
@@ -111,10 +119,9 @@ func (p *partition[S]) resume(ctx context.Context) (place, error) {
 		}
 		end = from
 	}
-	if strange > 0 {
+	if strange {
 		// Consumers have these events, so they would pass over ours, which have the same counts.
-		return place{}, fmt.Errorf("the public topic %s holds %d events in partition %d, and the journal yields none of them: "+
-			"it was deleted and made anew, or restored from elsewhere; make all topics and read models anew", p.Topic, strange, p.number)
+		return place{}, fmt.Errorf("%s partition %d: %w", p.Topic, p.number, errOtherJournal)
 	}
 	return place{}, nil
 }

@@ -70,8 +70,8 @@ type lane[S commands.State[S]] struct {
 	queue  []*call[S] // in order of arrival
 	flight *flight[S]
 	pause  *time.Timer // while the stream is left to other replicas
-	rival  time.Time   // when another replica was last seen to write
-	since  time.Time   // our commits have followed each other since then; zero when they have not
+	// patience is when the pause ends at the latest.
+	patience time.Time
 }
 
 // flight is a commit that was proposed and whose fate is open.
@@ -494,7 +494,7 @@ func (p *partition[S]) resolve(name string, c Commit, before int64) {
 	}
 	f := l.flight
 	if f == nil {
-		p.rivals(name, l)
+		p.lost(name, l)
 		return
 	}
 	// Any commit that is accepted was on the flight's parent, so it decides the flight.
@@ -519,14 +519,11 @@ func (p *partition[S]) resolve(name string, c Commit, before int64) {
 		}
 	}
 	l.queue = append(lost, l.queue...)
-	took := time.Since(f.sent)
-	if p.took += (took - p.took) / 8; p.took == 0 {
-		p.took = took
-	}
+	p.measure(time.Since(f.sent))
 	if c.ID == f.commit.ID || c.ID == f.fence {
 		p.won(name, l)
 	} else {
-		p.rivals(name, l)
+		p.lost(name, l)
 	}
 	p.turn(name)
 	p.tidy(name, l)

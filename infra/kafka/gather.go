@@ -16,14 +16,14 @@ type gatherer[Q any] struct {
 // gathered is how many calls share a request at most, which bounds its size.
 const gathered = 32
 
-// gather is the gatherer of one kind for the broker, from those of all brokers.
-func gather[Q any](c *Client, all map[string]*gatherer[Q], addr string, send func(addr string, qs []Q)) *gatherer[Q] {
+// gather is the gatherer of that name, which sends as the first who asked for it said.
+func gather[Q any](c *Client, all map[string]*gatherer[Q], name string, send func([]Q)) *gatherer[Q] {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	g := all[addr]
+	g := all[name]
 	if g == nil {
-		g = &gatherer[Q]{c: c, send: func(qs []Q) { send(addr, qs) }}
-		all[addr] = g
+		g = &gatherer[Q]{c: c, send: send}
+		all[name] = g
 	}
 	return g
 }

@@ -84,7 +84,7 @@ type Client struct {
 	readers map[string]*Reader
 	conns   map[string]*sarama.Broker      // by address and purpose
 	ends    map[string]*gatherer[endAsk]   // by address
-	batches map[string]*gatherer[batchAsk] // by address
+	batches map[string]*gatherer[batchAsk] // by address and share of the partitions
 	known   map[string]identity            // by topic
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"time"
 
 	"github.com/IBM/sarama"
@@ -61,6 +62,10 @@ type PublicLog struct{ *Reader }
 // PublicLog is the public topic of that name.
 func (c *Client) PublicLog(topic string) *PublicLog { return &PublicLog{c.Reader(topic)} }
 
+// produceConns is how many connections to a broker share the batches, by partition. The slowest partition of a request
+// holds its answer back.
+const produceConns = 2
+
 // AppendBatch publishes the records as one atomic record batch. The time of a record is that of its ce_time header, if
 // it has one that is not in the future (which brokers refuse), or else now. While it is certain that nothing was
 // written (no leader, no connection), it is tried again, a bounded number of times. When ctx ends first its error is
@@ -100,7 +105,8 @@ func (l *PublicLog) produce(
 		}
 	}
 	answer := make(chan batchAnswer, 1)
-	if err := gather(l.c, l.c.batches, addr, l.c.sendBatches).add(batchAsk{l.topic, partition, batch, answer}); err != nil {
+	group := addr + "/" + strconv.Itoa(int(partition)%produceConns)
+	if err := gather(l.c, l.c.batches, group, func(asks []batchAsk) { l.c.sendBatches(addr, group, asks) }).add(batchAsk{l.topic, partition, batch, answer}); err != nil {
 		return false, err
 	}
 	select {
@@ -126,7 +132,7 @@ type batchAnswer struct {
 }
 
 // sendBatches makes one request of the batches, or as many as a partition has batches: a request holds one of each.
-func (c *Client) sendBatches(addr string, asks []batchAsk) {
+func (c *Client) sendBatches(addr, group string, asks []batchAsk) {
 	for len(asks) > 0 {
 		type place struct {
 			topic     string
@@ -140,12 +146,12 @@ func (c *Client) sendBatches(addr string, asks []batchAsk) {
 				taken[p], now = true, append(now, a)
 			}
 		}
-		c.sendOneOfEach(addr, now)
+		c.sendOneOfEach(addr, group, now)
 		asks = later
 	}
 }
 
-func (c *Client) sendOneOfEach(addr string, asks []batchAsk) {
+func (c *Client) sendOneOfEach(addr, group string, asks []batchAsk) {
 	req := &sarama.ProduceRequest{
 		Version:      7,
 		RequiredAcks: sarama.WaitForAll,
@@ -154,7 +160,7 @@ func (c *Client) sendOneOfEach(addr string, asks []batchAsk) {
 	for _, a := range asks {
 		req.AddBatch(a.topic, a.partition, a.batch)
 	}
-	conn := c.conn(addr, "produce")
+	conn := c.conn(addr, "produce "+group)
 	if ok, err := conn.Connected(); !ok {
 		err = fmt.Errorf("no connection to broker %s: %w", addr, errors.Join(sarama.ErrNotConnected, err))
 		for _, a := range asks {

@@ -176,7 +176,7 @@ type endAnswer struct {
 
 func (c *Client) askEnd(ctx context.Context, addr, topic string, partition int32) (int64, error) {
 	answer := make(chan endAnswer, 1)
-	if err := gather(c, c.ends, addr, c.askEnds).add(endAsk{topic, partition, answer}); err != nil {
+	if err := gather(c, c.ends, addr, func(asks []endAsk) { c.askEnds(addr, asks) }).add(endAsk{topic, partition, answer}); err != nil {
 		return 0, err
 	}
 	select {

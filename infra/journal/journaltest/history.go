@@ -256,6 +256,7 @@ func (h *History) Check(published []domain.Recorded) error {
 		return err
 	}
 	seqs := map[string]map[int64]int64{} // stream, version: seq
+	partitions := map[string]int32{}
 	streams := map[string][]porcupine.Operation{}
 	for _, e := range published {
 		if seqs[e.Stream] == nil {
@@ -264,7 +265,7 @@ func (h *History) Check(published []domain.Recorded) error {
 		if seqs[e.Stream][e.Version] != 0 || e.Version > 1 && seqs[e.Stream][e.Version-1] == 0 {
 			return fmt.Errorf("%s has its version %d twice, or before the one below it", e.Stream, e.Version)
 		}
-		seqs[e.Stream][e.Version] = e.Seq
+		seqs[e.Stream][e.Version], partitions[e.Stream] = e.Seq, e.Partition
 		if opOf(e) == "" {
 			streams[e.Stream] = append(streams[e.Stream], porcupine.Operation{
 				Input: foreign{e}, Call: math.MinInt64, Return: math.MaxInt64, Output: output{open: true}})
@@ -292,7 +293,8 @@ func (h *History) Check(published []domain.Recorded) error {
 		if o.code == unexpected {
 			return fmt.Errorf("an answer that no client should get: %s", a)
 		}
-		if a.Done() && a.Group == "" && seqs[a.Stream][a.receipt.Version] > a.receipt.Position.Seq {
+		if a.Done() && a.Group == "" && (seqs[a.Stream][a.receipt.Version] > a.receipt.Position.Seq ||
+			a.receipt.Version > 0 && partitions[a.Stream] != a.receipt.Position.Partition) {
 			return fmt.Errorf("the position that was told does not hold the version that was told: %s", a)
 		}
 		op := porcupine.Operation{ClientId: a.Client, Input: a.Ask, Call: a.call, Return: a.answer}
