@@ -30,12 +30,12 @@ const (
 // Order is the state that decisions need. The zero value is an order that was never placed.
 type Order struct {
 	Status Status
-	Reason string // of a cancellation (asked for or done)
-	life   *life  // nil before and after it
+	life   *life // nil before and after it, but for a cancelled order, which keeps the reason
 }
 
 // life is what an order needs until it ends; most have. It is replaced, never changed.
 type life struct {
+	reason   string // of a cancellation (asked for or done)
 	total    domain.Money
 	deadline time.Time
 	items    []domain.Quantity // sorted by SKU
@@ -63,15 +63,17 @@ func (o Order) Evolve(event domain.Event) Order {
 	case Confirmed:
 		o.Status = StatusConfirmed
 	case CancellationRequested:
-		o.Status, o.Reason = StatusCancelling, e.Reason
+		l := o.lived()
+		l.reason = e.Reason
+		o.Status, o.life = StatusCancelling, &l
 	case Shipped:
-		o.Status, o.Reason = StatusShipped, ""
+		o.Status = StatusShipped
 	case Delivered:
 		return Order{Status: StatusDelivered}
 	case Rejected:
 		return Order{Status: StatusRejected}
 	case Cancelled:
-		return Order{Status: StatusCancelled, Reason: e.Reason}
+		return Order{Status: StatusCancelled, life: &life{reason: e.Reason}}
 	case Expired:
 		return Order{Status: StatusExpired}
 	}
@@ -155,7 +157,7 @@ func (o Order) DecideCancel(reason string) ([]domain.Event, error) {
 	case StatusConfirmed:
 		return []domain.Event{CancellationRequested{reason}}, nil
 	case StatusCancelling, StatusCancelled:
-		if o.Reason != reason {
+		if o.lived().reason != reason {
 			return nil, domain.Refuse("order-cancelled-otherwise", "the order was cancelled with another reason")
 		}
 		return nil, nil
@@ -168,7 +170,7 @@ func (o Order) DecideCancelled() ([]domain.Event, error) {
 	if o.Status != StatusCancelling {
 		return nil, nil
 	}
-	return []domain.Event{Cancelled{o.Reason, o.lived().items}}, nil
+	return []domain.Event{Cancelled{o.lived().reason, o.lived().items}}, nil
 }
 
 // DecideExpire ends an order that was not confirmed in time. Before its deadline it does nothing.

@@ -14,8 +14,8 @@ func (j *Journal[S]) Fingerprint(partition int32) (next int64, state string) {
 	defer p.mu.Unlock()
 	var b strings.Builder
 	fmt.Fprintln(&b, p.seq, p.ignored, p.marks)
-	for _, name := range slices.Sorted(maps.Keys(p.streams)) {
-		s := p.streams[name]
+	for _, name := range slices.Sorted(maps.Keys(p.streams.byName)) {
+		s := p.streams.byName[name]
 		fmt.Fprintln(&b, name, s.Head, s.seq, s.state)
 		if s.creator != nil {
 			fmt.Fprintln(&b, *s.creator)

@@ -44,7 +44,7 @@ type partition[S commands.State[S]] struct {
 	counts [TooNew + 1]prometheus.Counter // by verdict
 
 	mu      sync.Mutex
-	streams map[string]*stream[S]
+	streams streams[S]
 	next    int64 // the fetch position: everything before it is folded
 	seq     int64 // accepted events so far
 	halted  error
@@ -74,7 +74,7 @@ const marksEvery = 1024 // offsets
 func newPartition[S commands.State[S]](j *Journal[S], number int32) *partition[S] {
 	p := &partition[S]{
 		Journal: j, number: number,
-		streams: map[string]*stream[S]{}, lanes: map[string]*lane[S]{}, contests: map[string]*contest{}, watchers: map[*watcher]struct{}{},
+		streams: streams[S]{byName: map[string]*stream[S]{}}, lanes: map[string]*lane[S]{}, contests: map[string]*contest{}, watchers: map[*watcher]struct{}{},
 		skips: map[int64]bool{}, moved: make(chan struct{}),
 	}
 	for v := range p.counts {
@@ -142,7 +142,7 @@ func (p *partition[S]) foldRecord(r Record) error {
 		p.ignored = append(p.ignored, r.Offset)
 		return nil
 	}
-	s := p.streams[string(r.Key)] // which makes no string
+	s := p.streams.byName[string(r.Key)] // which makes no string
 	c, verdict := Judge(r, p.Partitions, func(string) Head {
 		if s == nil {
 			return Head{}
@@ -172,8 +172,7 @@ func (p *partition[S]) foldRecord(r Record) error {
 	}
 	name := string(r.Key)
 	if s == nil {
-		s = &stream[S]{}
-		p.streams[name] = s
+		s = p.streams.add(name)
 	}
 	if len(p.marks) == 0 || r.Offset-p.marks[len(p.marks)-1].offset >= marksEvery {
 		p.marks = append(p.marks, mark{r.Offset, p.seq})
@@ -275,7 +274,7 @@ func (p *partition[S]) watch(ctx context.Context, f func(stream string, state S,
 	w := &watcher{map[string]struct{}{}, make(chan struct{}, 1)}
 	p.mu.Lock()
 	p.watchers[w] = struct{}{}
-	for name, s := range p.streams {
+	for name, s := range p.streams.byName {
 		if !s.quarantined() && !s.state.Closed() {
 			w.changed(name)
 		}
@@ -300,7 +299,7 @@ func (p *partition[S]) watch(ctx context.Context, f func(stream string, state S,
 		var changes []change
 		p.mu.Lock()
 		for name := range w.dirty {
-			if s := p.streams[name]; !s.quarantined() {
+			if s := p.streams.byName[name]; !s.quarantined() {
 				changes = append(changes, change{name, s.state, p.position(s.seq)})
 			}
 		}

@@ -57,8 +57,18 @@ func (d digest) short() uint64 { return binary.BigEndian.Uint64(d[:]) }
 
 var errBrokenFrame = errors.New("broken frame")
 
+// What an event, and an outcome without a refusal, need at most beside their text.
+const (
+	eventOverhead   = 64
+	outcomeOverhead = 64
+)
+
 func (f *frame) encode() []byte {
-	var b, m []byte
+	size := 0
+	for _, e := range f.events {
+		size += eventOverhead + len(e.name) + len(e.data) + len(e.cause.Topic) + len(e.group)
+	}
+	b, m := make([]byte, 0, size+outcomeOverhead*len(f.outcomes)), make([]byte, 0, size)
 	for _, e := range f.events {
 		m = m[:0]
 		m = appendBytes(m, 1, e.id[:])

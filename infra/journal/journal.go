@@ -47,6 +47,10 @@ type Journal[S commands.State[S]] struct {
 	started    chan struct{}
 }
 
+func init() {
+	uuid.EnableRandPool() // ids are made for every commit and every event
+}
+
 // New makes a journal that has read nothing yet.
 func New[S commands.State[S]](c Config) *Journal[S] {
 	if c.Now == nil {
@@ -123,28 +127,29 @@ func (j *Journal[S]) partition(stream string) *partition[S] {
 
 // Handle implements commands.Journal.
 func (j *Journal[S]) Handle(ctx context.Context, c commands.Command, decide commands.Decision[S]) (commands.Receipt, error) {
-	replies, err := j.handle(ctx, []commands.Command{c}, []commands.Decision[S]{decide})
+	run, err := j.handle(ctx, []commands.Command{c}, []commands.Decision[S]{decide})
 	if err != nil {
 		return commands.Receipt{}, err
 	}
-	return replies[0].receipt, replies[0].err
+	answer := run.calls[0].reply
+	return answer.receipt, answer.err
 }
 
 // HandleInOrder implements commands.Journal.
 func (j *Journal[S]) HandleInOrder(ctx context.Context, cs []commands.Command, ds []commands.Decision[S]) (int, error) {
-	replies, err := j.handle(ctx, cs, ds)
+	run, err := j.handle(ctx, cs, ds)
 	if err != nil {
 		return 0, err
 	}
-	for i, r := range replies {
-		if r.err != nil && !isRefusal(r.err) {
-			return i, r.err
+	for i, c := range run.calls {
+		if err := c.reply.err; err != nil && !isRefusal(err) {
+			return i, err
 		}
 	}
-	return len(replies), nil
+	return len(run.calls), nil
 }
 
-func (j *Journal[S]) handle(ctx context.Context, cs []commands.Command, ds []commands.Decision[S]) ([]reply, error) {
+func (j *Journal[S]) handle(ctx context.Context, cs []commands.Command, ds []commands.Decision[S]) (*run[S], error) {
 	select {
 	case <-j.started:
 	case <-ctx.Done():

@@ -2,6 +2,7 @@ package journal
 
 import (
 	"slices"
+	"strings"
 
 	"wharf/commands"
 	"wharf/domain"
@@ -20,6 +21,35 @@ type stream[S commands.State[S]] struct {
 	state   S
 	creator *answer
 	memory  *memory // nil when there is nothing to remember
+}
+
+// streams is all streams of a partition. None is ever removed, so they and their names are allocated many at a time: it
+// takes less memory than one by one, leaves no holes, and gives the garbage collector less to look at.
+type streams[S commands.State[S]] struct {
+	byName map[string]*stream[S]
+	free   []stream[S]
+	names  strings.Builder
+}
+
+const (
+	streamsAtATime   = 128
+	nameBytesAtATime = 4 << 10
+)
+
+// add makes the stream of that name, which there must not be yet.
+func (ss *streams[S]) add(name string) *stream[S] {
+	if len(ss.free) == 0 {
+		ss.free = make([]stream[S], streamsAtATime)
+	}
+	s := &ss.free[0]
+	ss.free = ss.free[1:]
+	if ss.names.Cap()-ss.names.Len() < len(name) {
+		ss.names.Reset() // what was written stays with those who hold it
+		ss.names.Grow(max(nameBytesAtATime, len(name)))
+	}
+	ss.names.WriteString(name)
+	ss.byName[ss.names.String()[ss.names.Len()-len(name):]] = s
+	return s
 }
 
 // memory is what a stream remembers beside its state.

@@ -38,6 +38,7 @@ type reply struct {
 // run is the calls that were made together, in order. Once one has failed without a certain outcome, those behind it
 // must not be decided: the stream would take the one that failed for a repetition when it comes again.
 type run[S commands.State[S]] struct {
+	calls  []call[S]
 	open   int           // calls without an answer
 	failed *call[S]      // the first that has failed
 	done   chan struct{} // closed when all have one
@@ -94,14 +95,13 @@ type member[S commands.State[S]] struct {
 	err     error
 }
 
-// handle queues the commands, which are to one stream, and waits for their answers.
-func (p *partition[S]) handle(ctx context.Context, cs []commands.Command, ds []commands.Decision[S]) ([]reply, error) {
-	r := &run[S]{open: len(cs), done: make(chan struct{})}
-	calls := make([]*call[S], len(cs))
+// handle queues the commands, which are to one stream, and waits for their answers, which are in the run.
+func (p *partition[S]) handle(ctx context.Context, cs []commands.Command, ds []commands.Decision[S]) (*run[S], error) {
+	r := &run[S]{calls: make([]call[S], len(cs)), open: len(cs), done: make(chan struct{})}
 	for i, c := range cs {
-		calls[i] = &call[S]{Command: c, decide: ds[i], run: r}
+		r.calls[i] = call[S]{Command: c, decide: ds[i], run: r}
 		if c.Key != "" {
-			calls[i].key, calls[i].request = digestOf(c.Key), digestOf(c.Request)
+			r.calls[i].key, r.calls[i].request = digestOf(c.Key), digestOf(c.Request)
 		}
 	}
 	stream := cs[0].Stream
@@ -116,7 +116,9 @@ func (p *partition[S]) handle(ctx context.Context, cs []commands.Command, ds []c
 		l = &lane[S]{}
 		p.lanes[stream] = l
 	}
-	l.queue = append(l.queue, calls...)
+	for i := range r.calls {
+		l.queue = append(l.queue, &r.calls[i])
+	}
 	p.turn(stream)
 	p.mu.Unlock()
 
@@ -129,7 +131,8 @@ func (p *partition[S]) handle(ctx context.Context, cs []commands.Command, ds []c
 	p.calls--
 	if r.open > 0 {
 		// Out of time. What is unanswered now is never decided again by this replica.
-		for _, c := range calls {
+		for i := range r.calls {
+			c := &r.calls[i]
 			if c.flying {
 				c.answer(commands.Receipt{}, commands.ErrUnknownOutcome)
 			} else {
@@ -141,11 +144,7 @@ func (p *partition[S]) handle(ctx context.Context, cs []commands.Command, ds []c
 			p.turn(stream)
 		}
 	}
-	replies := make([]reply, len(calls))
-	for i, c := range calls {
-		replies[i] = c.reply
-	}
-	return replies, nil
+	return r, nil
 }
 
 // fail keeps the calls behind this one from being decided.
@@ -232,7 +231,7 @@ type group[S commands.State[S]] struct {
 }
 
 func (p *partition[S]) newGroup(name string) *group[S] {
-	s := p.streams[name]
+	s := p.streams.byName[name]
 	if s == nil {
 		s = &stream[S]{}
 	}

@@ -203,18 +203,22 @@ func newBatch(records []journal.Record, now time.Time) *sarama.RecordBatch {
 		LastOffsetDelta: int32(len(records) - 1),
 		Records:         make([]*sarama.Record, len(records)),
 	}
+	total := 0
+	for _, r := range records {
+		total += len(r.Headers)
+	}
+	all := make([]sarama.Record, len(records))
+	headers, refs := make([]sarama.RecordHeader, 0, total), make([]*sarama.RecordHeader, 0, total)
 	for i, r := range records {
-		at := now
-		headers := make([]sarama.RecordHeader, len(r.Headers))
-		refs := make([]*sarama.RecordHeader, len(r.Headers))
-		for j, h := range r.Headers {
+		at, first := now, len(refs)
+		for _, h := range r.Headers {
 			if h.Key == timeHeader {
 				if t, err := time.Parse(time.RFC3339Nano, string(h.Value)); err == nil && t.Before(now) && t.Unix() >= 0 {
 					at = t
 				}
 			}
-			headers[j] = sarama.RecordHeader{Key: headerName(h.Key), Value: h.Value}
-			refs[j] = &headers[j]
+			headers = append(headers, sarama.RecordHeader{Key: headerName(h.Key), Value: h.Value})
+			refs = append(refs, &headers[len(headers)-1])
 		}
 		at = at.Truncate(time.Millisecond)
 		if i == 0 {
@@ -223,9 +227,10 @@ func newBatch(records []journal.Record, now time.Time) *sarama.RecordBatch {
 		if at.After(b.MaxTimestamp) {
 			b.MaxTimestamp = at
 		}
-		b.Records[i] = &sarama.Record{
-			OffsetDelta: int64(i), TimestampDelta: at.Sub(b.FirstTimestamp), Key: r.Key, Value: r.Value, Headers: refs,
+		all[i] = sarama.Record{
+			OffsetDelta: int64(i), TimestampDelta: at.Sub(b.FirstTimestamp), Key: r.Key, Value: r.Value, Headers: refs[first:],
 		}
+		b.Records[i] = &all[i]
 	}
 	return b
 }
