@@ -22,7 +22,7 @@ import (
 // partition, so a row's key is the event's position, and the order an index on it: in the order of time, then position.
 // (Time comes first because positions of different topics cannot be compared; a cause is earlier than its effect.)
 var History = Define(Spec[historyKey, historyRow]{
-	Name: "history", Version: 1, Append: true,
+	Name: "history", Version: 1, Append: true, Stream: "order_id",
 	Events: map[string]domain.Events{
 		OrdersTopic:    opaque(orders.Events),
 		PaymentsTopic:  opaque(payments.Events),

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -37,6 +38,42 @@ var Topics = []string{OrdersTopic, InventoryTopic, PaymentsTopic, ShippingTopic}
 
 // All is every read model of the shop.
 var All = []Model{Orders, History, Stock, Payments, Ledger, Shipments, Sales}
+
+// Find is the read model of that name, or an error that says which there are.
+func Find(models []Model, name string) (Model, error) {
+	names := make([]string, len(models))
+	for i, m := range models {
+		if m.Name == name {
+			return m, nil
+		}
+		names[i] = m.Name
+	}
+	likely := slices.MinFunc(names, func(a, b string) int { return distance(a, name) - distance(b, name) })
+	if distance(likely, name) <= 2 {
+		return Model{}, fmt.Errorf("there is no read model %q: did you mean %s?", name, likely)
+	}
+	return Model{}, fmt.Errorf("there is no read model %q: there are %s", name, strings.Join(names, ", "))
+}
+
+// distance is how many letters must be added, taken away or changed to make b of a (Levenshtein).
+func distance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		corner := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := corner
+			if a[i] != b[j] {
+				cost++
+			}
+			corner, row[j+1] = row[j+1], min(cost, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)]
+}
 
 // ViewSchema is the Postgres schema that queries read: a view per read model, of its name.
 const ViewSchema = "wharf_read"
@@ -69,6 +106,9 @@ type Spec[K comparable, R any] struct {
 	// Append says that every event makes rows of its own, which nothing changes later: the key contains the event's
 	// position.
 	Append bool
+	// Stream is the column with the id of the stream that a row tells of, where that is not the key. Events of the stream
+	// that could not be applied make the row stale. A row without such a column is stale with any of its partition's.
+	Stream string
 }
 
 // Column is a column of a read model's table.
@@ -83,7 +123,8 @@ type Model struct {
 	Keys    int      // how many columns the key has
 	Indexes []string // column lists
 	Append  bool
-	Rows    // its rows
+	Stream  string // the column with the stream that a row tells of; empty if there is none
+	Rows           // its rows
 
 	events map[string]domain.Events
 }
@@ -92,9 +133,12 @@ type Model struct {
 type Rows interface {
 	Touched(Event) []any                     // keys
 	New() any                                // a new row
-	Apply(key, row any, e Event)             // changes the row
+	Apply(key, row any, e Event)             // changes the row, or panics and leaves it as it was
+	Clone(row any) any                       // a row that Apply changes apart from this one
 	Values(key, row any) ([]any, error)      // of all columns, as pgx takes them for the columns' types
 	KeyValues(key any) []any                 // of the key's columns
+	KeyText(key any) string                  // the key's columns as text, with / between
+	ParseKey(text string) (any, error)       // reverses KeyText
 	Scan(pgx.Row) (key, row any, err error)  // reverses Values
 	Owner(key any) (stream string, p *int32) // where the key lives: with that stream, or in that partition
 }
@@ -115,6 +159,9 @@ func Define[K comparable, R any](s Spec[K, R]) Model {
 	for _, f := range slices.Concat(rows.key, rows.row) {
 		m.Columns = append(m.Columns, f.column)
 	}
+	if m.Stream = s.Stream; m.Stream == "" && rows.partition < 0 {
+		m.Stream = rows.key[0].column.Name
+	}
 	for topic := range s.Events {
 		m.Topics = append(m.Topics, topic)
 	}
@@ -129,11 +176,15 @@ type Unreadable struct{}
 // EventName implements domain.Event.
 func (Unreadable) EventName() string { return "wharf.unreadable.v1" }
 
-// ErrUnreadable says that an event of a known name cannot be read. It must not stop a projection.
+// ErrUnreadable says that there is nothing in an event that any program could read: it is to be left out, counted and
+// logged.
 var ErrUnreadable = errors.New("the event cannot be read")
 
-// Decode is the event as the read model sees it, and whether it listens to it at all. An error, always an
-// ErrUnreadable, is to be counted and logged; it may come with an event that is listened to nevertheless.
+// ErrUndecodable says that an event of a known name cannot be decoded by this program: it must wait for one that can.
+var ErrUndecodable = errors.New("the event cannot be decoded")
+
+// Decode is the event as the read model sees it, and whether it listens to it at all. The error is an ErrUnreadable,
+// perhaps with an event that is listened to nevertheless, or an ErrUndecodable with an event that has no Fact.
 func (m Model) Decode(r domain.Recorded) (e Event, listens bool, err error) {
 	vocabulary := m.events[r.Topic]
 	_, listens = vocabulary[r.Name]
@@ -149,11 +200,11 @@ func (m Model) Decode(r domain.Recorded) (e Event, listens bool, err error) {
 		return Event{r, Unreadable{}}, listens, fmt.Errorf("%w: its journal entry is broken", ErrUnreadable)
 	}
 	if !utf8.Valid(r.Data) || bytes.Contains(r.Data, []byte(`\u0000`)) {
-		return e, false, fmt.Errorf("%w: its data is no text", ErrUnreadable)
+		return Event{Recorded: r}, true, fmt.Errorf("%w: its data is no text", ErrUndecodable)
 	}
 	fact, err := vocabulary.Decode(r.Name, r.Data)
 	if err != nil {
-		return e, false, fmt.Errorf("%w: %w", ErrUnreadable, err)
+		return Event{Recorded: r}, true, fmt.Errorf("%w: %w", ErrUndecodable, err)
 	}
 	return Event{r, fact}, true, nil
 }
@@ -202,6 +253,11 @@ func (t rows[K, R]) Apply(key, row any, e Event) {
 	*r = t.spec.Apply(key.(K), *r, e)
 }
 
+func (t rows[K, R]) Clone(row any) any {
+	r := *row.(*R)
+	return &r
+}
+
 func (t rows[K, R]) Values(key, row any) ([]any, error) {
 	values := make([]any, 0, len(t.key)+len(t.row))
 	values, err := appendValues(values, t.key, reflect.ValueOf(key))
@@ -220,6 +276,59 @@ func (t rows[K, R]) KeyValues(key any) []any {
 		panic(err) // a key has no json
 	}
 	return values
+}
+
+func (t rows[K, R]) KeyText(key any) string {
+	text := ""
+	for i, f := range t.key {
+		if i > 0 {
+			text += "/"
+		}
+		switch v := reflect.ValueOf(key).Field(f.index).Interface().(type) {
+		case time.Time:
+			text += v.Format(time.RFC3339Nano)
+		default:
+			text += fmt.Sprint(v)
+		}
+	}
+	return text
+}
+
+func (t rows[K, R]) ParseKey(text string) (any, error) {
+	var key K
+	parts := strings.SplitN(text, "/", len(t.key)) // the last one may have slashes in it
+	for i, f := range t.key {
+		to := reflect.ValueOf(&key).Elem().Field(f.index)
+		ok := len(parts) == len(t.key) && parts[i] != ""
+		switch {
+		case !ok:
+		case to.Kind() == reflect.String:
+			to.SetString(parts[i])
+		case to.CanInt():
+			n, err := strconv.ParseInt(parts[i], 10, to.Type().Bits())
+			to.SetInt(n)
+			ok = err == nil
+		default:
+			var err error
+			switch v := to.Addr().Interface().(type) {
+			case *uuid.UUID:
+				*v, err = uuid.Parse(parts[i])
+			case *time.Time:
+				*v, err = time.Parse(time.RFC3339Nano, parts[i])
+			default:
+				err = errors.ErrUnsupported
+			}
+			ok = err == nil
+		}
+		if !ok {
+			names := make([]string, len(t.key))
+			for i, f := range t.key {
+				names[i] = f.column.Name + " (" + f.column.Type + ")"
+			}
+			return nil, fmt.Errorf("a key of %s reads %s", t.spec.Name, strings.Join(names, "/"))
+		}
+	}
+	return key, nil
 }
 
 func appendValues(to []any, fields []field, v reflect.Value) ([]any, error) {

@@ -67,7 +67,7 @@ func (c *replayCmd) Run(ctx context.Context) error {
 		show, wait = bars()
 	}
 	fresh := []newBuild{}
-	err = engine.Replay(ctx, c.Models, func(p postgres.Progress) {
+	err = engine.Replay(ctx, c.Models, postgres.ReplayOptions{}, func(p postgres.Progress) {
 		show(p)
 		if p.Phase == postgres.PhaseDone {
 			fresh = append(fresh, newBuild{p.Model, p.Build, p.Done})

@@ -28,7 +28,7 @@ func BenchmarkReplay(b *testing.B) {
 		names = append(names, m.Name)
 	}
 	for b.Loop() {
-		if err := e.Replay(context.Background(), names, func(Progress) {}); err != nil {
+		if err := e.Replay(context.Background(), names, ReplayOptions{}, func(Progress) {}); err != nil {
 			b.Fatal(err)
 		}
 	}

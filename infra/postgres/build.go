@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"hash/fnv"
 	"io/fs"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -29,9 +31,15 @@ type build struct {
 	state      string
 }
 
+// The states of a build. It begins as building, under a lock of whoever makes it. The live one is what queries read;
+// the one that was live before it is previous: it is kept up to date for a while, so that it can be live again. A scratch
+// build is for people to look at. A retired one is only kept for the queries that are still at it.
 const (
 	building = "building"
 	live     = "live"
+	previous = "previous"
+	scratch  = "scratch"
+	retired  = "retired"
 )
 
 func (b build) schema() string { return fmt.Sprintf("wharf_build_%d", b.id) }
@@ -78,10 +86,10 @@ type querier interface {
 	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
 }
 
-// builds lists the builds of all models in that state.
-func builds(ctx context.Context, db querier, state string) ([]build, error) {
+// builds lists the builds of all models in one of the states.
+func builds(ctx context.Context, db querier, states ...string) ([]build, error) {
 	rows, err := db.Query(ctx,
-		"SELECT id, model, version, partitions, topics, state FROM wharf.builds WHERE state = $1", state)
+		"SELECT id, model, version, partitions, topics, state FROM wharf.builds WHERE state = ANY($1)", states)
 	if err != nil {
 		return nil, err
 	}
@@ -95,8 +103,8 @@ func builds(ctx context.Context, db querier, state string) ([]build, error) {
 // is filled; finish makes what is missing.
 func (e *Engine) create(ctx context.Context, tx pgx.Tx, m projections.Model) (build, error) {
 	b := build{model: m.Name, version: m.Version, partitions: e.Partitions, topics: m.Topics, state: building}
-	err := tx.QueryRow(ctx, `INSERT INTO wharf.builds (model, version, partitions, topics, state)
-		VALUES ($1, $2, $3, $4, $5) RETURNING id`, b.model, b.version, b.partitions, b.topics, b.state).Scan(&b.id)
+	err := tx.QueryRow(ctx, `INSERT INTO wharf.builds (model, version, partitions, topics, state, made_by)
+		VALUES ($1, $2, $3, $4, $5, $6) RETURNING id`, b.model, b.version, b.partitions, b.topics, b.state, madeBy).Scan(&b.id)
 	if err != nil {
 		return b, err
 	}
@@ -143,24 +151,38 @@ func finish(ctx context.Context, tx pgx.Tx, m projections.Model, b build) error 
 	return nil
 }
 
-// publish makes the build the live one and points the view at it.
-func publish(ctx context.Context, tx pgx.Tx, m projections.Model, b build) error {
-	_, err := tx.Exec(ctx, `UPDATE wharf.builds SET state = 'retired', retired_at = now()
-		WHERE model = $1 AND state = 'live'`, b.model)
-	if err != nil {
+// publish makes the build the live one and points the view at it. The one that was live is the previous one now.
+func (e *Engine) publish(ctx context.Context, tx pgx.Tx, m projections.Model, b build) error {
+	batch := &pgx.Batch{}
+	batch.Queue(`UPDATE wharf.builds SET state = 'retired', keep_until = now() + make_interval(secs => $3)
+		WHERE model = $1 AND state = 'previous' AND id <> $2`, b.model, b.id, e.Grace.Seconds())
+	batch.Queue(`UPDATE wharf.builds SET state = 'building' WHERE id = $1`, b.id) // makes room for the other
+	batch.Queue(`UPDATE wharf.builds SET state = 'previous', keep_until = now() + make_interval(secs => $2)
+		WHERE model = $1 AND state = 'live'`, b.model, e.Keep.Seconds())
+	batch.Queue("UPDATE wharf.builds SET state = 'live', live_at = now() WHERE id = $1", b.id)
+	if err := tx.SendBatch(ctx, batch).Close(); err != nil {
 		return err
 	}
-	_, err = tx.Exec(ctx, "UPDATE wharf.builds SET state = 'live', live_at = now() WHERE id = $1", b.id)
-	if err != nil {
-		return err
-	}
+	return point(ctx, tx, m, b)
+}
+
+// stale is the column that views have beside those of the model: events that this row should hold are parked.
+const stale = "stale"
+
+// point makes the model's view show the build.
+func point(ctx context.Context, tx pgx.Tx, m projections.Model, b build) error {
 	view := projections.ViewSchema + "." + quote(b.model)
 	same, err := sameColumns(ctx, tx, m)
 	if err != nil {
 		return err
 	}
+	waits := "k.partition = r.partition"
+	if m.Stream != "" {
+		waits = "k.keys @> ARRAY[r." + quote(m.Stream) + "::text]"
+	}
 	statements := []string{
-		"CREATE OR REPLACE VIEW " + view + " AS SELECT " + columnNames(m.Columns) + " FROM " + b.table(),
+		fmt.Sprintf("CREATE OR REPLACE VIEW %s AS SELECT %s, EXISTS (SELECT FROM wharf.parked k WHERE k.build = %d AND %s) AS %s FROM %s r",
+			view, columnNames(m.Columns), b.id, waits, stale, b.table()),
 		"GRANT SELECT ON " + view + " TO " + QueryRole,
 	}
 	if !same {
@@ -174,12 +196,24 @@ func publish(ctx context.Context, tx pgx.Tx, m projections.Model, b build) error
 	return nil
 }
 
+// repoint gives the live build's view the columns that this program's views have, if it has others of its own version.
+func repoint(ctx context.Context, tx pgx.Tx, m projections.Model, b build) error {
+	if b.version != m.Version {
+		return nil // another program's
+	}
+	same, err := sameColumns(ctx, tx, m)
+	if err != nil || same {
+		return err
+	}
+	return point(ctx, tx, m, b)
+}
+
 // sameColumns says whether the model's view, if there is one, has the columns that it will have.
 func sameColumns(ctx context.Context, tx pgx.Tx, m projections.Model) (bool, error) {
 	rows, err := tx.Query(ctx, `SELECT a.attname, format_type(a.atttypid, NULL)::regtype = want.type::regtype
 		FROM pg_attribute a LEFT JOIN unnest($3::text[], $4::text[]) AS want (name, type) ON want.name = a.attname
 		WHERE a.attrelid = to_regclass($1 || '.' || quote_ident($2)) ORDER BY a.attnum`,
-		projections.ViewSchema, m.Name, names(m), types(m))
+		projections.ViewSchema, m.Name, append(names(m), stale), append(types(m), "boolean"))
 	if err != nil {
 		return false, err
 	}
@@ -192,7 +226,7 @@ func sameColumns(ctx context.Context, tx pgx.Tx, m projections.Model) (bool, err
 		same = same && alike != nil && *alike
 		return nil
 	})
-	return same && slices.Equal(have, names(m)), err
+	return same && slices.Equal(have, append(names(m), stale)), err
 }
 
 func names(m projections.Model) (list []string) {
@@ -209,24 +243,34 @@ func types(m projections.Model) (list []string) {
 	return list
 }
 
-// modelLock is the advisory lock of the model, in two numbers: who holds it may make and drop builds of it.
+// modelLock is the advisory lock of the model, in two numbers: who holds it may swap a build of it in.
 func modelLock(model string) (class, object int32) {
 	h := fnv.New32a()
 	h.Write([]byte(model))
 	return lockClass, int32(h.Sum32())
 }
 
+// The classes of advisory locks: of models and the engine's own, and of builds in the making, by id.
 const (
 	lockClass = 0x57484152 // "WHAR"
-	setupLock = 1
+	buildLock = lockClass + 1
+
+	setupLock  = 1
+	verifyLock = 2
 )
 
-// sweep drops what nobody needs any more: builds that were retired before the grace began, and builds that were never
-// finished. A model whose lock somebody holds is left for another time.
+// madeBy is who makes a build, for people who have to wait for it.
+var madeBy = func() string {
+	host, _ := os.Hostname()
+	return fmt.Sprintf("%s, process %d on %s", filepath.Base(os.Args[0]), os.Getpid(), host)
+}()
+
+// disposable is what sweep may drop: what was kept for long enough, and what was never finished.
+const disposable = "(state = 'building' OR state IN ('previous', 'scratch', 'retired') AND keep_until < now())"
+
+// sweep drops what nobody needs any more. A build that somebody is making is left alone.
 func (e *Engine) sweep(ctx context.Context) error {
-	rows, err := e.pool.Query(ctx, `SELECT id, model FROM wharf.builds
-		WHERE state = 'building' OR state = 'retired' AND retired_at < now() - make_interval(secs => $1)`,
-		e.Grace.Seconds())
+	rows, err := e.pool.Query(ctx, "SELECT id, model FROM wharf.builds WHERE "+disposable)
 	if err != nil {
 		return err
 	}
@@ -240,13 +284,12 @@ func (e *Engine) sweep(ctx context.Context) error {
 	var errs []error
 	for _, b := range old {
 		err := pgx.BeginFunc(ctx, e.pool, func(tx pgx.Tx) error {
-			class, object := modelLock(b.model)
 			var ours bool
-			err := tx.QueryRow(ctx, "SELECT pg_try_advisory_xact_lock($1, $2)", class, object).Scan(&ours)
+			err := tx.QueryRow(ctx, "SELECT pg_try_advisory_xact_lock($1, $2)", buildLock, int32(b.id)).Scan(&ours)
 			if err != nil || !ours {
 				return err
 			}
-			return drop(ctx, tx, b)
+			return drop(ctx, tx, b, disposable)
 		})
 		if err != nil && !isCode(err, codeLockNotAvailable) {
 			errs = append(errs, fmt.Errorf("drop build %d of %s: %w", b.id, b.model, err))
@@ -255,12 +298,12 @@ func (e *Engine) sweep(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// drop removes the build, unless it is live. No CASCADE: a view that still looks at the table must stop it.
-func drop(ctx context.Context, tx pgx.Tx, b build) error {
+// drop removes the build, if the condition holds. No CASCADE: a view that still looks at the table must stop it.
+func drop(ctx context.Context, tx pgx.Tx, b build, condition string) error {
 	if _, err := tx.Exec(ctx, fmt.Sprintf("SET LOCAL lock_timeout = %d", dropLockTimeout.Milliseconds())); err != nil {
 		return err
 	}
-	tag, err := tx.Exec(ctx, "DELETE FROM wharf.builds WHERE id = $1 AND state <> 'live'", b.id)
+	tag, err := tx.Exec(ctx, "DELETE FROM wharf.builds WHERE id = $1 AND "+condition, b.id)
 	if err != nil || tag.RowsAffected() == 0 {
 		return err
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -28,7 +29,10 @@ type Config struct {
 	Models   []projections.Model // projections.All
 	Interval time.Duration       // least time between two transactions of a busy task; 200 ms
 	Batch    int                 // most events in one transaction; 5,000
-	Grace    time.Duration       // how long a build that was swapped out is kept for the queries on it; 1 minute
+	Grace    time.Duration       // how long a build that is not needed any more is kept for the queries on it; 1 minute
+	Keep     time.Duration       // how long the previous build is kept up to date, for a rollback; 1 hour
+	Verify   time.Duration       // between two verifications of all read models in the background; 0 for none
+	Pace     int                 // events a second that these read at most; 20,000
 	Poll     time.Duration       // between looks for builds that others have swapped in; 250 ms
 	Logger   *slog.Logger
 }
@@ -44,12 +48,15 @@ type Engine struct {
 	bulk limits
 
 	mu      sync.Mutex
-	live    map[string]*liveBuild // by model
-	changed chan struct{}         // closed, and made anew, when live changes
+	kept    map[role]*keptBuild
+	changed chan struct{} // closed, and made anew, when kept changes
 }
 
-// liveBuild is a build for as long as it is live; then ctx ends.
-type liveBuild struct {
+// role is what a build that is kept up to date is for: the model's live build, or its previous one.
+type role struct{ model, state string }
+
+// keptBuild is a build for as long as it has its role; then ctx ends.
+type keptBuild struct {
 	build
 	ctx    context.Context
 	retire context.CancelFunc
@@ -69,13 +76,19 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 	if c.Grace == 0 {
 		c.Grace = time.Minute
 	}
+	if c.Keep == 0 {
+		c.Keep = time.Hour
+	}
+	if c.Pace == 0 {
+		c.Pace = 20_000
+	}
 	if c.Poll == 0 {
 		c.Poll = 250 * time.Millisecond
 	}
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
-	return &Engine{Config: c, pool: pool, bulk: bulkLimits, live: map[string]*liveBuild{}, changed: make(chan struct{})}
+	return &Engine{Config: c, pool: pool, bulk: bulkLimits, kept: map[role]*keptBuild{}, changed: make(chan struct{})}
 }
 
 // Setup makes the engine's tables, the role of the query service, and a first, empty build of every read model that has
@@ -111,16 +124,17 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 		}
 	}
 	for _, m := range e.Models {
-		if slices.ContainsFunc(have, func(b build) bool { return b.model == m.Name }) {
-			continue
-		}
+		i := slices.IndexFunc(have, func(b build) bool { return b.model == m.Name })
 		err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
+			if i >= 0 {
+				return repoint(ctx, tx, m, have[i])
+			}
 			b, err := e.create(ctx, tx, m)
 			if err == nil {
 				err = finish(ctx, tx, m, b)
 			}
 			if err == nil {
-				err = publish(ctx, tx, m, b)
+				err = e.publish(ctx, tx, m, b)
 			}
 			return err
 		})
@@ -147,6 +161,7 @@ func (e *Engine) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() { e.upgrade(ctx) })
+	wg.Go(func() { e.verifyNowAndThen(ctx) })
 	sweeping := time.NewTicker(max(e.Grace/4, 10*time.Millisecond))
 	defer sweeping.Stop()
 	polling := time.NewTicker(e.Poll)
@@ -171,19 +186,22 @@ func (e *Engine) Run(ctx context.Context) error {
 	}
 }
 
-// look finds out which builds are live.
+// look finds out which builds are to be kept up to date.
 func (e *Engine) look(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
-	now, err := builds(ctx, e.pool, live)
+	now, err := builds(ctx, e.pool, live, previous)
 	if err != nil {
 		return err
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	gone := maps.Clone(e.kept)
 	changed := false
 	for _, b := range now {
-		old := e.live[b.model]
+		as := role{b.model, b.state}
+		old := e.kept[as]
+		delete(gone, as)
 		if old != nil && old.id == b.id {
 			continue
 		}
@@ -191,9 +209,13 @@ func (e *Engine) look(ctx context.Context) error {
 		if old != nil {
 			old.retire()
 		}
-		fresh := &liveBuild{build: b}
+		fresh := &keptBuild{build: b}
 		fresh.ctx, fresh.retire = context.WithCancel(context.Background())
-		e.live[b.model] = fresh
+		e.kept[as] = fresh
+	}
+	for as, b := range gone { // a previous one that was dropped
+		b.retire()
+		delete(e.kept, as)
 	}
 	if changed {
 		close(e.changed)
@@ -206,17 +228,17 @@ func (e *Engine) look(ctx context.Context) error {
 func (e *Engine) forget() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	for _, b := range e.live {
+	for _, b := range e.kept {
 		b.retire()
 	}
-	e.live = map[string]*liveBuild{}
+	e.kept = map[role]*keptBuild{}
 }
 
-// current waits for the live build of the model in our version of it; nil when ctx ends.
-func (e *Engine) current(ctx context.Context, m projections.Model) *liveBuild {
+// current waits for the build in that role, in our version of the model; nil when ctx ends.
+func (e *Engine) current(ctx context.Context, m projections.Model, state string) *keptBuild {
 	for {
 		e.mu.Lock()
-		b, changed := e.live[m.Name], e.changed
+		b, changed := e.kept[role{m.Name, state}], e.changed
 		e.mu.Unlock()
 		if b != nil && b.version == m.Version {
 			return b
@@ -229,8 +251,8 @@ func (e *Engine) current(ctx context.Context, m projections.Model) *liveBuild {
 	}
 }
 
-// RunPartition runs the tasks of all read models in the partition number, on the live builds, until ctx ends; then it
-// returns nil. Postgres or Kafka being away is waited for. A task that meets an error which only people can mend (a gap
+// RunPartition runs the tasks of all read models in the partition number, on the live and the previous builds, until ctx
+// ends; then it returns nil. Postgres or Kafka being away is waited for. A task that meets an error which only people can mend (a gap
 // in a topic) halts: it says so in the log and in wharf_read.builds, and goes on when its build is swapped or it is
 // started anew; the others are not held up.
 func (e *Engine) RunPartition(ctx context.Context, partition int32) error {
@@ -239,32 +261,34 @@ func (e *Engine) RunPartition(ctx context.Context, partition int32) error {
 	}
 	var wg sync.WaitGroup
 	for _, m := range e.Models {
-		wg.Go(func() { e.runTask(ctx, m, partition) })
+		for _, state := range []string{live, previous} {
+			wg.Go(func() { e.runTask(ctx, m, partition, state) })
+		}
 	}
 	wg.Wait()
 	return nil
 }
 
-func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int32) {
+func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int32, state string) {
 	log := e.Logger.With("model", m.Name, "partition", partition)
 	retry := backoff{}
 	for ctx.Err() == nil {
-		b := e.current(ctx, m)
+		b := e.current(ctx, m, state)
 		if b == nil {
 			return
 		}
-		whileLive, cancel := context.WithCancel(ctx)
+		whileKept, cancel := context.WithCancel(ctx)
 		stop := context.AfterFunc(b.ctx, cancel)
 		began := time.Now()
-		err := e.follow(whileLive, m, b.build, partition)
+		err := e.follow(whileKept, m, b.build, partition)
 		var halt *haltError
 		switch {
-		case whileLive.Err() != nil: // swapped, or the end
+		case whileKept.Err() != nil: // swapped, or the end
 			retry = backoff{}
 		case errors.As(err, &halt):
 			log.Error("a projection halts: it does not go on without help", "build", b.id, "err", err)
-			e.recordHalt(whileLive, b.build, partition, err, log)
-			<-whileLive.Done()
+			e.recordHalt(whileKept, b.build, partition, err, log)
+			<-whileKept.Done()
 		default:
 			if time.Since(began) > time.Minute {
 				retry = backoff{}
@@ -272,9 +296,14 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 			if retry.tries == 3 || retry.tries%30 == 29 {
 				log.Warn("a projection fails, and is tried again from its stored position", "build", b.id, "err", err)
 			}
-			retry.sleep(whileLive)
+			if !isCode(err, codeMoved) {
+				// As well as it goes: what is wrong may be the database.
+				_, _ = e.pool.Exec(whileKept, "UPDATE wharf.tasks SET trouble = $3 WHERE build = $1 AND partition = $2",
+					b.id, partition, fmt.Sprintf("%s: %v", time.Now().UTC().Format(time.RFC3339), err))
+			}
+			retry.sleep(whileKept)
 			if isCode(err, codeMoved) {
-				_ = e.look(whileLive) // was it a swap? If this fails, Run looks soon
+				_ = e.look(whileKept) // was it a swap? If this fails, Run looks soon
 			}
 		}
 		stop()
@@ -312,7 +341,7 @@ func (e *Engine) upgrade(ctx context.Context) {
 		wg.Go(func() {
 			for retry := (backoff{}); ; {
 				e.mu.Lock()
-				b, changed := e.live[m.Name], e.changed
+				b, changed := e.kept[role{m.Name, live}], e.changed
 				e.mu.Unlock()
 				if b == nil || b.version >= m.Version {
 					if b != nil && b.version > m.Version {
@@ -328,7 +357,13 @@ func (e *Engine) upgrade(ctx context.Context) {
 					}
 				}
 				e.Logger.Info("building a read model anew", "model", m.Name, "from", b.version, "to", m.Version)
-				err := e.replay(ctx, m, func(Progress) {})
+				// The rows differ on purpose: how is said in the log.
+				err := e.replay(ctx, m, ReplayOptions{Force: true}, func(p Progress) {
+					if p.Phase == PhaseSwapping && p.Comparison != nil && p.Comparison.Differences() > 0 {
+						e.Logger.Info("the new build of a read model differs from the live one", "model", m.Name,
+							"difference", p.Comparison.String())
+					}
+				})
 				if err != nil && !errors.Is(err, ErrReplaying) && ctx.Err() == nil {
 					e.Logger.Error("building a read model anew failed, and is tried again", "model", m.Name, "err", err)
 				}

@@ -95,12 +95,17 @@ const (
 
 // sleep is false when ctx ended first.
 func (b *backoff) sleep(ctx context.Context) bool {
-	pause := min(mostPause, firstPause<<min(b.tries, 10))
+	d := min(mostPause, firstPause<<min(b.tries, 10))
 	b.tries++
+	return pause(ctx, d)
+}
+
+// pause is false when ctx ended first.
+func pause(ctx context.Context, d time.Duration) bool {
 	select {
 	case <-ctx.Done():
 		return false
-	case <-time.After(pause):
+	case <-time.After(d):
 		return true
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"runtime"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -17,18 +16,25 @@ import (
 	"wharf/projections"
 )
 
-// ErrReplaying says that somebody else is building the read model anew.
+// ErrReplaying says that somebody else is building the read model anew. The error that wraps it says who.
 var ErrReplaying = errors.New("the read model is being built anew already")
+
+// ReplayOptions say what becomes of a new build.
+type ReplayOptions struct {
+	NoSwap bool // it is left beside the live one, to be looked at, for Config.Keep
+	Force  bool // it is swapped in although it differs from the live one
+}
 
 // Phase is what a replay is doing.
 type Phase string
 
 // The phases of a replay, in order.
 const (
-	PhaseReading  Phase = "reading"
-	PhaseIndexing Phase = "indexing"
-	PhaseSwapping Phase = "swapping"
-	PhaseDone     Phase = "done"
+	PhaseReading   Phase = "reading"
+	PhaseIndexing  Phase = "indexing"
+	PhaseVerifying Phase = "verifying"
+	PhaseSwapping  Phase = "swapping"
+	PhaseDone      Phase = "done"
 )
 
 // Progress is how far the replay of one read model is.
@@ -38,6 +44,11 @@ type Progress struct {
 	Phase Phase
 	Done  int64 // records read
 	Total int64 // there were when it began
+
+	Partitions, PartitionsDone int // that have been read to where their end was
+
+	Comparison *Comparison // with the live build, once there is one
+	Table      string      // of the new build, in the last phase
 }
 
 const (
@@ -49,26 +60,30 @@ const (
 	cleanUpWithin = 10 * time.Second
 )
 
-// Replay builds the named read models anew, one after the other, beside the live builds, and swaps each in when it is
-// where the live one is. Queries and live projection go on, and never see less than before. When it fails or is killed,
-// the live build stays as it is, and those that were swapped in before stay too. It needs no Run, and no Setup beyond
-// the one that made the live builds. progress is called by one goroutine at a time, though not always the same, and has
-// to be quick. The error is ErrReplaying when somebody else is building the read model.
-func (e *Engine) Replay(ctx context.Context, names []string, progress func(Progress)) error {
-	var models []projections.Model
+// models are those of the names, or an error that says which there are.
+func (e *Engine) models(names []string) (models []projections.Model, err error) {
 	for _, name := range names {
-		i := slices.IndexFunc(e.Models, func(m projections.Model) bool { return m.Name == name })
-		if i < 0 {
-			var known []string
-			for _, m := range e.Models {
-				known = append(known, m.Name)
-			}
-			return fmt.Errorf("there is no read model %q: there are %s", name, strings.Join(known, ", "))
+		m, err := projections.Find(e.Models, name)
+		if err != nil {
+			return nil, err
 		}
-		models = append(models, e.Models[i])
+		models = append(models, m)
+	}
+	return models, nil
+}
+
+// Replay builds the named read models anew, one after the other, beside the live builds, compares each with the live one
+// at one position, and swaps it in. Queries and live projection go on, and never see less than before. When it fails or
+// is killed, the live build stays as it is, and those that were swapped in before stay too. It needs no Run, and no Setup
+// beyond the one that made the live builds. progress is called by one goroutine at a time, though not always the same,
+// and has to be quick. The error is ErrReplaying when somebody else is building the read model, or a *DifferenceError.
+func (e *Engine) Replay(ctx context.Context, names []string, o ReplayOptions, progress func(Progress)) error {
+	models, err := e.models(names)
+	if err != nil {
+		return err
 	}
 	for _, m := range models {
-		if err := e.replay(ctx, m, progress); err != nil {
+		if err := e.replay(ctx, m, o, progress); err != nil {
 			return fmt.Errorf("build %s anew: %w", m.Name, err)
 		}
 	}
@@ -76,86 +91,16 @@ func (e *Engine) Replay(ctx context.Context, names []string, progress func(Progr
 }
 
 // replay is one model's.
-func (e *Engine) replay(ctx context.Context, m projections.Model, progress func(Progress)) (err error) {
-	// What was retired or left unfinished would only be in the way. This comes before the lock, which it respects.
-	if err := e.sweep(ctx); err != nil {
-		return err
-	}
-	// A pool of its own, because the swap holds up live tasks, which may have taken every connection of the engine's.
-	config := e.pool.Config()
-	config.MaxConns, config.MinConns, config.MinIdleConns = int32(runtime.GOMAXPROCS(0))+2, 0, 0
-	pool, err := pgxpool.NewWithConfig(ctx, config)
+func (e *Engine) replay(ctx context.Context, m projections.Model, o ReplayOptions, progress func(Progress)) (err error) {
+	r, end, err := e.begin(ctx, m, progress)
 	if err != nil {
 		return err
 	}
-	defer pool.Close()
-	// The connection holds the lock for as long as it lives, and the swap is done on it: who lost the lock cannot swap.
-	conn, err := pool.Acquire(ctx)
-	if err != nil {
+	defer end(&err)
+	if err := r.lockModel(ctx); err != nil {
 		return err
 	}
-	defer conn.Release()
-	class, object := modelLock(m.Name)
-	var ours bool
-	if err := conn.QueryRow(ctx, "SELECT pg_try_advisory_lock($1, $2)", class, object).Scan(&ours); err != nil {
-		return err
-	}
-	if !ours {
-		return ErrReplaying
-	}
-	defer unlock(ctx, conn, class, object)
-
-	r := replay{e: e, model: m, pool: pool, conn: conn, report: Progress{Model: m.Name}, progress: progress}
-	err = pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) (err error) {
-		r.build, err = e.create(ctx, tx, m)
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, r.abandon(ctx))
-		}
-	}()
-	return r.run(ctx)
-}
-
-// replay is one new build of a read model in the making.
-type replay struct {
-	e     *Engine
-	model projections.Model
-	build build
-	pool  *pgxpool.Pool
-	conn  *pgxpool.Conn
-	tasks []*task
-
-	mu       sync.Mutex
-	report   Progress
-	progress func(Progress)
-}
-
-func (r *replay) run(ctx context.Context) error {
-	r.report.Build = r.build.id
-	for p := range int32(r.e.Partitions) {
-		t, err := r.e.load(ctx, r.pool, r.model, r.build, p)
-		if err != nil {
-			return err
-		}
-		t.moved = r.moved
-		r.tasks = append(r.tasks, t)
-	}
-	ends, err := r.ends(ctx)
-	if err != nil {
-		return err
-	}
-	for _, until := range ends {
-		for _, offset := range until {
-			r.report.Total += offset
-		}
-	}
-	r.tell(PhaseReading)
-	if err := r.advance(ctx, ends); err != nil {
+	if err := r.fill(ctx); err != nil {
 		return err
 	}
 	r.tell(PhaseIndexing)
@@ -163,67 +108,279 @@ func (r *replay) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	r.tell(PhaseSwapping)
-	for retry := (backoff{}); ; {
-		// What has come in meanwhile, or during the last try, while nobody waits for it.
-		if ends, err = r.ends(ctx); err == nil {
-			err = r.advance(ctx, ends)
+	c, err := r.compare(ctx)
+	if err != nil {
+		return fmt.Errorf("compare it with the live build: %w", err)
+	}
+	r.report.Comparison, r.report.Table = &c, r.build.table()
+	if c.Differences() > 0 && !o.Force && !o.NoSwap {
+		return &DifferenceError{c}
+	}
+	if o.NoSwap {
+		err = r.keepAside(ctx)
+	} else {
+		r.tell(PhaseSwapping)
+		if err = r.readOn(ctx); err == nil {
+			err = r.swap(ctx)
 		}
-		if err != nil {
-			return err
-		}
-		err = r.swap(ctx)
-		if err == nil {
-			break
-		}
-		passing := isCode(err, codeLockNotAvailable) || errors.Is(err, errTooSlow)
-		if !passing || retry.tries == swapTries {
-			return fmt.Errorf("swap: %w", err)
-		}
-		if !retry.sleep(ctx) {
-			return ctx.Err()
-		}
+	}
+	if err != nil {
+		return err
 	}
 	r.tell(PhaseDone)
 	return nil
 }
 
-// ends is where the topics end, per partition and topic.
-func (r *replay) ends(ctx context.Context) ([][]int64, error) {
-	ends := make([][]int64, r.e.Partitions)
-	g, ctx := errgroup.WithContext(ctx)
-	for p := range ends {
-		ends[p] = make([]int64, len(r.model.Topics))
-		for i, topic := range r.model.Topics {
-			g.Go(func() (err error) {
-				ends[p][i], err = r.e.Source(topic).End(ctx, int32(p))
-				return err
-			})
-		}
+// Rollback makes the previous build of the read model the live one again, and the live one the previous one. It is
+// brought to where the live one is first, which takes no time while a projector of its version keeps it up to date.
+func (e *Engine) Rollback(ctx context.Context, name string, progress func(Progress)) error {
+	m, err := projections.Find(e.Models, name)
+	if err != nil {
+		return err
 	}
-	return ends, g.Wait()
+	if err := e.rollback(ctx, m, progress); err != nil {
+		return fmt.Errorf("roll %s back: %w", m.Name, err)
+	}
+	return nil
 }
 
-// advance brings the new build to these offsets, or beyond.
+func (e *Engine) rollback(ctx context.Context, m projections.Model, progress func(Progress)) error {
+	r, end, err := e.open(ctx, m, progress)
+	if err != nil {
+		return err
+	}
+	defer end()
+	if err := r.lockModel(ctx); err != nil {
+		return err
+	}
+	all, err := builds(ctx, r.conn, previous)
+	if err != nil {
+		return err
+	}
+	i := slices.IndexFunc(all, func(b build) bool { return b.model == m.Name })
+	if i < 0 {
+		return errors.New("there is no previous build: it is kept for a while after a swap, and has been dropped")
+	}
+	if all[i].version != m.Version {
+		return fmt.Errorf("the previous build is of version %d, and this program has version %d: use the program that made it",
+			all[i].version, m.Version)
+	}
+	r.build = all[i]
+	if err := r.load(ctx); err != nil {
+		return err
+	}
+	r.report.Table = r.build.table()
+	r.tell(PhaseSwapping)
+	if err := r.swap(ctx); err != nil {
+		return err
+	}
+	r.tell(PhaseDone)
+	return nil
+}
+
+// open gives the replay connections of its own, because a swap holds up live tasks, which may have taken every
+// connection of the engine's.
+func (e *Engine) open(ctx context.Context, m projections.Model, progress func(Progress)) (*replay, func(), error) {
+	config := e.pool.Config()
+	config.MaxConns, config.MinConns, config.MinIdleConns = int32(runtime.GOMAXPROCS(0))+3, 0, 0
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		return nil, nil, err
+	}
+	conn, err := pool.Acquire(ctx)
+	if err != nil {
+		pool.Close()
+		return nil, nil, err
+	}
+	r := &replay{e: e, model: m, pool: pool, conn: conn, report: Progress{Model: m.Name, Partitions: e.Partitions}, progress: progress}
+	return r, func() {
+		// A connection that is closed gives its locks back.
+		_ = conn.Hijack().Close(context.WithoutCancel(ctx))
+		pool.Close()
+	}, nil
+}
+
+// begin makes an empty build. end gives everything back, and drops the build if there was an error.
+func (e *Engine) begin(ctx context.Context, m projections.Model, progress func(Progress)) (r *replay, end func(*error), err error) {
+	// What was left unfinished would only be in the way.
+	if err := e.sweep(ctx); err != nil {
+		return nil, nil, err
+	}
+	r, closeAll, err := e.open(ctx, m, progress)
+	if err != nil {
+		return nil, nil, err
+	}
+	end = func(err *error) {
+		if *err != nil && r.build.id != 0 {
+			*err = errors.Join(*err, r.abandon(ctx))
+		}
+		closeAll()
+	}
+	err = pgx.BeginFunc(ctx, r.conn, func(tx pgx.Tx) (err error) {
+		if r.build, err = e.create(ctx, tx, m); err != nil {
+			return err
+		}
+		// While this connection lives, nobody sweeps the build away.
+		_, err = tx.Exec(ctx, "SELECT pg_advisory_lock($1, $2)", buildLock, int32(r.build.id))
+		return err
+	})
+	if err == nil {
+		err = r.load(ctx)
+	}
+	if err != nil {
+		end(&err)
+		return nil, nil, err
+	}
+	return r, end, nil
+}
+
+// lockModel keeps everybody else from swapping a build of the model. The connection holds the lock for as long as it
+// lives, and the swap is done on it: who lost the lock cannot swap.
+func (r *replay) lockModel(ctx context.Context) error {
+	class, object := modelLock(r.model.Name)
+	var ours bool
+	if err := r.conn.QueryRow(ctx, "SELECT pg_try_advisory_lock($1, $2)", class, object).Scan(&ours); err != nil || ours {
+		return err
+	}
+	var who string
+	err := r.conn.QueryRow(ctx, `SELECT coalesce(string_agg(format(' by %s, since %s', made_by, to_char(created_at AT TIME ZONE 'UTC', 'HH24:MI:SS "UTC"')), ' or'), '')
+		FROM wharf.builds WHERE model = $1 AND state = 'building' AND id <> $2`, r.model.Name, r.build.id).Scan(&who)
+	if err != nil {
+		return err
+	}
+	return fmt.Errorf("%w%s", ErrReplaying, who)
+}
+
+// replay is one build of a read model in the making, or on its way to be the live one.
+type replay struct {
+	e     *Engine
+	model projections.Model
+	build build
+	pool  *pgxpool.Pool
+	conn  *pgxpool.Conn
+	tasks []*task
+	pace  pacer
+
+	mu       sync.Mutex
+	report   Progress
+	progress func(Progress)
+}
+
+// load finds out where the build's tasks are.
+func (r *replay) load(ctx context.Context) error {
+	r.report.Build = r.build.id
+	r.tasks = nil
+	for p := range int32(r.e.Partitions) {
+		t, err := r.e.load(ctx, r.pool, r.model, r.build, p)
+		if err != nil {
+			return err
+		}
+		t.moved = func(records, _ int64) { r.moved(ctx, records) }
+		r.tasks = append(r.tasks, t)
+	}
+	return nil
+}
+
+// fill brings the build to where the live one is now.
+func (r *replay) fill(ctx context.Context) error {
+	_, until, err := r.livePositions(ctx, r.conn, "")
+	if err == nil {
+		err = r.ends(ctx, until, func(offset int64) bool { return offset < 0 })
+	}
+	if err != nil {
+		return err
+	}
+	for _, offsets := range until {
+		for _, offset := range offsets {
+			r.report.Total += offset
+		}
+	}
+	r.tell(PhaseReading)
+	return r.advance(ctx, until)
+}
+
+// readOn brings the build to where the topics end now, which finds out whether they can be read that far.
+func (r *replay) readOn(ctx context.Context) error {
+	_, until, err := r.livePositions(ctx, r.conn, "")
+	if err == nil {
+		err = r.ends(ctx, until, func(int64) bool { return true })
+	}
+	if err != nil {
+		return err
+	}
+	return r.advance(ctx, until)
+}
+
+// ends puts where the topics end in the place of the offsets that are to be replaced.
+func (r *replay) ends(ctx context.Context, offsets [][]int64, replace func(int64) bool) error {
+	g, ctx := errgroup.WithContext(ctx)
+	for p := range offsets {
+		for i, topic := range r.model.Topics {
+			if replace(offsets[p][i]) {
+				g.Go(func() (err error) {
+					offsets[p][i], err = r.e.Source(topic).End(ctx, int32(p))
+					return err
+				})
+			}
+		}
+	}
+	return g.Wait()
+}
+
+// advance brings the build to these offsets, or beyond.
 func (r *replay) advance(ctx context.Context, until [][]int64) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(runtime.GOMAXPROCS(0))
 	for p, t := range r.tasks {
-		g.Go(func() error { return t.run(ctx, until[p]) })
+		g.Go(func() error {
+			for {
+				err := t.run(ctx, until[p])
+				if !isCode(err, codeMoved) {
+					r.through()
+					return err
+				}
+				// A projector keeps the build up to date, too: it is a previous one.
+				if err := t.reload(ctx); err != nil {
+					return err
+				}
+			}
+		})
 	}
 	return g.Wait()
 }
 
 var errTooSlow = errors.New("the new build does not catch up with the live one")
 
-// swap makes the new build the live one, at a moment at which it is nowhere behind the old one. For that the old
-// build's tasks are held up; they lose nothing, for the new build's tasks go on from its own positions.
-func (r *replay) swap(ctx context.Context) error {
+// meet calls f at a moment at which the build is where the live one is (a previous one perhaps beyond), which stands
+// still: its tasks are held up until the transaction ends. Before that it brings the build near, while nobody waits for
+// it. f may be called again.
+func (r *replay) meet(ctx context.Context, f func(tx pgx.Tx, live build) error) error {
+	for retry := (backoff{}); ; {
+		// What has come in meanwhile, or during the last try.
+		_, until, err := r.livePositions(ctx, r.conn, "")
+		if err == nil {
+			err = r.advance(ctx, until)
+		}
+		if err != nil {
+			return err
+		}
+		err = r.tryToMeet(ctx, f)
+		passing := isCode(err, codeLockNotAvailable) || errors.Is(err, errTooSlow)
+		if !passing || retry.tries == swapTries {
+			return err
+		}
+		if !retry.sleep(ctx) {
+			return ctx.Err()
+		}
+	}
+}
+
+func (r *replay) tryToMeet(ctx context.Context, f func(tx pgx.Tx, live build) error) error {
 	return pgx.BeginFunc(ctx, r.conn, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, fmt.Sprintf("SET LOCAL lock_timeout = %d", swapLock.Milliseconds())); err != nil {
 			return err
 		}
-		until, err := r.livePositions(ctx, tx)
+		old, until, err := r.livePositions(ctx, tx, "FOR UPDATE OF t")
 		if err != nil {
 			return err
 		}
@@ -232,26 +389,53 @@ func (r *replay) swap(ctx context.Context) error {
 		if err := r.advance(catching, until); err != nil {
 			if catching.Err() != nil && ctx.Err() == nil {
 				// A task that was stopped in the middle of a transaction does not know where it is.
-				return errors.Join(errTooSlow, r.reload(ctx))
+				return errors.Join(errTooSlow, r.load(ctx))
 			}
 			return err
 		}
-		return publish(ctx, tx, r.model, r.build)
+		return f(tx, old)
 	})
 }
 
-// livePositions locks the live build's tasks and says where they are, in the new build's order of topics. A topic that
-// the live build does not listen to counts as not begun.
-func (r *replay) livePositions(ctx context.Context, tx pgx.Tx) ([][]int64, error) {
-	until := make([][]int64, len(r.tasks))
+// swap makes the build the live one. The tasks of the old one lose nothing: the new build's go on from its own positions.
+func (r *replay) swap(ctx context.Context) error {
+	err := r.meet(ctx, func(tx pgx.Tx, _ build) error { return r.e.publish(ctx, tx, r.model, r.build) })
+	if err != nil {
+		return fmt.Errorf("swap: %w", err)
+	}
+	return nil
+}
+
+// keepAside leaves the build for people to look at.
+func (r *replay) keepAside(ctx context.Context) error {
+	_, err := r.conn.Exec(ctx, "UPDATE wharf.builds SET state = $2, keep_until = now() + make_interval(secs => $3) WHERE id = $1",
+		r.build.id, scratch, r.e.Keep.Seconds())
+	return err
+}
+
+// livePositions says where the live build's tasks are, in the new build's order of topics; -1 for a topic that it does
+// not listen to.
+func (r *replay) livePositions(ctx context.Context, tx querier, lock string) (old build, until [][]int64, err error) {
+	until = make([][]int64, len(r.tasks))
 	for p := range until {
-		until[p] = make([]int64, len(r.model.Topics))
+		until[p] = slices.Repeat([]int64{-1}, len(r.model.Topics))
+	}
+	all, err := builds(ctx, tx, live)
+	if err != nil {
+		return old, nil, err
+	}
+	i := slices.IndexFunc(all, func(b build) bool { return b.model == r.model.Name })
+	if i < 0 {
+		return old, nil, errors.New("there is no live build: run a projector first")
+	}
+	if old = all[i]; old.partitions != r.e.Partitions {
+		return old, nil, fmt.Errorf("the live build was made from %d partitions, and there are %d", old.partitions, r.e.Partitions)
 	}
 	rows, err := tx.Query(ctx, `SELECT t.partition, b.topics, t.offsets
 		FROM wharf.tasks t JOIN wharf.builds b ON b.id = t.build
-		WHERE b.model = $1 AND b.state = 'live' ORDER BY t.partition FOR UPDATE OF t`, r.model.Name)
+		WHERE b.id = $1 AND b.state = 'live' ORDER BY t.partition `+lock, old.id)
 	if err != nil {
-		return nil, err
+		return old, nil, err
 	}
 	var partition int32
 	var topics []string
@@ -264,35 +448,37 @@ func (r *replay) livePositions(ctx context.Context, tx pgx.Tx) ([][]int64, error
 		}
 		return nil
 	})
-	return until, err
-}
-
-// reload makes the tasks anew, from their stored positions.
-func (r *replay) reload(ctx context.Context) error {
-	for p := range r.tasks {
-		t, err := r.e.load(ctx, r.pool, r.model, r.build, int32(p))
-		if err != nil {
-			return err
-		}
-		t.moved = r.moved
-		r.tasks[p] = t
-	}
-	return nil
+	return old, until, err
 }
 
 // abandon drops the unfinished build. If it cannot, the next sweep does.
 func (r *replay) abandon(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpWithin)
 	defer cancel()
-	return pgx.BeginFunc(ctx, r.pool, func(tx pgx.Tx) error { return drop(ctx, tx, r.build) })
+	return pgx.BeginFunc(ctx, r.pool, func(tx pgx.Tx) error { return drop(ctx, tx, r.build, "state = 'building'") })
 }
 
-func (r *replay) moved(records, _ int64) {
+// moved tells of records that were read, and holds the reader back if it has a pace.
+func (r *replay) moved(ctx context.Context, records int64) {
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	r.report.Done += records
 	r.report.Total = max(r.report.Total, r.report.Done)
 	r.progress(r.report)
+	wait := r.pace.wait(records)
+	r.mu.Unlock()
+	if wait > 0 {
+		pause(ctx, wait)
+	}
+}
+
+// through tells that a partition was read to where its end was.
+func (r *replay) through() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.report.Phase == PhaseReading {
+		r.report.PartitionsDone++
+		r.progress(r.report)
+	}
 }
 
 func (r *replay) tell(p Phase) {

@@ -63,13 +63,13 @@ func TestAReplayComesToTheSameRows(t *testing.T) {
 			want := dump(t, pool, e.Models)
 			var last Progress
 			phases := map[Phase]bool{}
-			if err := e.Replay(context.Background(), allNames(e), func(p Progress) { last = p; phases[p.Phase] = true }); err != nil {
+			if err := e.Replay(context.Background(), allNames(e), ReplayOptions{}, func(p Progress) { last = p; phases[p.Phase] = true }); err != nil {
 				t.Fatal(err)
 			}
 			if diff := cmp.Diff(want, dump(t, pool, e.Models)); diff != "" {
 				t.Errorf("rows of the replay differ from the live ones (-want +got):\n%s", diff)
 			}
-			if last.Done != last.Total || last.Total == 0 || len(phases) != 4 {
+			if last.Done != last.Total || last.Total == 0 || len(phases) != 5 {
 				t.Errorf("the last progress is %+v, phases %v", last, phases)
 			}
 			// Live projection goes on where the replay ended, on the new builds.
@@ -81,7 +81,7 @@ func TestAReplayComesToTheSameRows(t *testing.T) {
 			}
 			for _, m := range e.Models {
 				live := one[string](t, pool, "SELECT indexes FROM (SELECT string_agg(regexp_replace(indexdef, 'wharf_build_\\d+', ''), ' ' ORDER BY indexdef) AS indexes, schemaname FROM pg_indexes WHERE tablename = $1 GROUP BY schemaname) AS i, wharf.builds b WHERE schemaname = 'wharf_build_' || b.id AND b.state = 'live' AND b.model = $1", m.Name)
-				old := one[string](t, pool, "SELECT indexes FROM (SELECT string_agg(regexp_replace(indexdef, 'wharf_build_\\d+', ''), ' ' ORDER BY indexdef) AS indexes, schemaname FROM pg_indexes WHERE tablename = $1 GROUP BY schemaname) AS i, wharf.builds b WHERE schemaname = 'wharf_build_' || b.id AND b.state = 'retired' AND b.model = $1", m.Name)
+				old := one[string](t, pool, "SELECT indexes FROM (SELECT string_agg(regexp_replace(indexdef, 'wharf_build_\\d+', ''), ' ' ORDER BY indexdef) AS indexes, schemaname FROM pg_indexes WHERE tablename = $1 GROUP BY schemaname) AS i, wharf.builds b WHERE schemaname = 'wharf_build_' || b.id AND b.state = 'previous' AND b.model = $1", m.Name)
 				if live != old || live == "" {
 					t.Errorf("the indexes of %s are %s, and were %s", m.Name, live, old)
 				}
@@ -99,7 +99,8 @@ func TestQueriesAndLiveProjectionGoOnDuringReplays(t *testing.T) {
 		s.order(i, 3)
 	}
 	pool := openTest(t)
-	e := newEngine(t, pool, s, func(c *Config) { c.Grace = 200 * time.Millisecond })
+	brief := func(c *Config) { c.Grace, c.Keep = 200*time.Millisecond, 200*time.Millisecond }
+	e := newEngine(t, pool, s, brief)
 	start(t, e)
 	s.caughtUp(t, pool)
 	query, err := OpenQuery(context.Background(), pool.Config().ConnString())
@@ -137,9 +138,9 @@ func TestQueriesAndLiveProjectionGoOnDuringReplays(t *testing.T) {
 			s.order(told, 3)
 		}
 	})
-	other := newEngine(t, openURL(t, pool.Config().ConnString()), s) // as wharf replay is: another process
+	other := newEngine(t, openURL(t, pool.Config().ConnString()), s, brief) // as wharf replay is: another process
 	for range 2 {
-		if err := other.Replay(ctx, []string{"orders", "history", "sales", "stock"}, func(Progress) {}); err != nil {
+		if err := other.Replay(ctx, []string{"orders", "history", "sales", "stock"}, ReplayOptions{}, func(Progress) {}); err != nil {
 			t.Error(err)
 		}
 	}
@@ -185,7 +186,7 @@ func TestASwapNeverGoesBackBehindLiveProjection(t *testing.T) {
 	stop() // or it would make up for what is missing
 	want := dump(t, pool, e.Models)
 	e.Source = func(topic string) journal.Reader { return shortSighted{s.reader(topic), ends[topic]} }
-	if err := e.Replay(context.Background(), allNames(e), func(Progress) {}); err != nil {
+	if err := e.Replay(context.Background(), allNames(e), ReplayOptions{}, func(Progress) {}); err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(want, dump(t, pool, e.Models)); diff != "" {
@@ -224,12 +225,12 @@ func TestAReplayIsAloneAndCanBeCutOff(t *testing.T) {
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	first := make(chan error, 1)
-	go func() { first <- slow.Replay(ctx, []string{"stock"}, func(Progress) {}) }()
+	go func() { first <- slow.Replay(ctx, []string{"stock"}, ReplayOptions{}, func(Progress) {}) }()
 	<-reached
-	if err := e.Replay(context.Background(), []string{"stock"}, func(Progress) {}); !errors.Is(err, ErrReplaying) {
+	if err := e.Replay(context.Background(), []string{"stock"}, ReplayOptions{}, func(Progress) {}); !errors.Is(err, ErrReplaying) {
 		t.Errorf("the second replay says %v", err)
 	}
-	if err := e.Replay(context.Background(), []string{"sales"}, func(Progress) {}); err != nil {
+	if err := e.Replay(context.Background(), []string{"sales"}, ReplayOptions{}, func(Progress) {}); err != nil {
 		t.Errorf("a replay of another read model: %v", err)
 	}
 	cancel()
@@ -254,13 +255,13 @@ func TestAReplayIsAloneAndCanBeCutOff(t *testing.T) {
 	if err := tx.Commit(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	if err := e.Replay(context.Background(), []string{"stock"}, func(Progress) {}); err != nil {
+	if err := e.Replay(context.Background(), []string{"stock"}, ReplayOptions{}, func(Progress) {}); err != nil {
 		t.Error(err)
 	}
 	if n := one[int64](t, pool, unfinished); n != 0 {
 		t.Errorf("there are %d unfinished builds", n)
 	}
-	if err := e.Replay(context.Background(), []string{"stocks"}, nil); err == nil {
+	if err := e.Replay(context.Background(), []string{"stocks"}, ReplayOptions{}, nil); err == nil {
 		t.Error("a replay of what there is not succeeds")
 	}
 }
@@ -286,7 +287,7 @@ func TestASwapGivesWayToALongQuery(t *testing.T) {
 	var once sync.Once
 	done := make(chan error, 1)
 	go func() {
-		done <- e.Replay(ctx, []string{"shipments"}, func(p Progress) {
+		done <- e.Replay(ctx, []string{"shipments"}, ReplayOptions{}, func(p Progress) {
 			if p.Phase == PhaseSwapping {
 				once.Do(func() { close(swapping) })
 			}
@@ -365,13 +366,13 @@ func TestANewVersionIsBuiltBesideTheOldOneAndSwappedIn(t *testing.T) {
 	}
 	ended, cancel := context.WithCancel(context.Background())
 	cancel()
-	if b := old.current(ended, v1); b != nil {
+	if b := old.current(ended, v1, live); b != nil {
 		t.Errorf("it would run on build %d of version %d", b.id, b.version)
 	}
 	start(t, old)
 	s.order(40, 1)
 	s.caughtUp(t, pool)
-	if v, n := one[int64](t, pool, version), one[int64](t, pool, "SELECT count(*) FROM wharf.builds WHERE version = 1 AND state <> 'retired'"); v != 2 || n != 0 {
+	if v, n := one[int64](t, pool, version), one[int64](t, pool, "SELECT count(*) FROM wharf.builds WHERE version = 1 AND state NOT IN ('retired', 'previous')"); v != 2 || n != 0 {
 		t.Errorf("version %d is live, and there are %d of version 1", v, n)
 	}
 }

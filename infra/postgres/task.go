@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -36,23 +37,31 @@ type task struct {
 	limits    limits
 	bulk      bool // fills a build that nobody reads yet: rows stay in memory until there are many
 
-	stored position // in the database
-	at     position // of what is folded into rows
-	rows   rowCache
-	last   time.Time                 // when the last transaction was begun
-	moved  func(events, bytes int64) // told of progress; may be nil
-	log    *slog.Logger
+	listens func(projections.Event) bool // to which events; nil for all
+	wanted  func(key, row any) bool      // which rows are stored; nil for all
+
+	stored    position // in the database
+	epoch     int64    // of the stored position
+	at        position // of what is folded into rows
+	rows      rowCache
+	parked    parked
+	discarded map[place]bool            // events that an operator gave up
+	careful   position                  // up to here, events go one by one, to find the one whose rows the table refuses
+	last      time.Time                 // when the last transaction was begun
+	moved     func(events, bytes int64) // told of progress; may be nil
+	log       *slog.Logger
 }
 
 // position has a place per topic of the build, in its order.
 type position struct {
-	offsets []int64 // to read next
-	seqs    []int64 // of the last event seen
-	skipped int64   // records that are left out, since the position before
+	offsets []int64   // to read next
+	seqs    []int64   // of the last event seen
+	skipped int64     // records that are left out, since the position before
+	seen    time.Time // of the last event, or zero
 }
 
 func (p position) clone() position {
-	return position{slices.Clone(p.offsets), slices.Clone(p.seqs), p.skipped}
+	return position{slices.Clone(p.offsets), slices.Clone(p.seqs), p.skipped, p.seen}
 }
 
 // haltError is an error that trying again does not help.
@@ -74,18 +83,27 @@ func (e *Engine) load(
 		return nil, haltf("the build was made from the topics %v, and version %d of %s is made from %v: "+
 			"its version must be raised", b.topics, m.Version, m.Name, m.Topics)
 	}
-	row := pool.QueryRow(ctx, "SELECT offsets, seqs FROM wharf.tasks WHERE build = $1 AND partition = $2", b.id, partition)
-	err := row.Scan(&t.stored.offsets, &t.stored.seqs)
-	if err != nil {
+	if err := t.reload(ctx); err != nil {
 		return nil, fmt.Errorf("find the position of %s in partition %d: %w", m.Name, partition, err)
+	}
+	return t, nil
+}
+
+// reload goes back to what is stored.
+func (t *task) reload(ctx context.Context) error {
+	t.stored = position{seen: time.Unix(0, 0)}
+	row := t.pool.QueryRow(ctx, "SELECT offsets, seqs, epoch FROM wharf.tasks WHERE build = $1 AND partition = $2",
+		t.build.id, t.partition)
+	if err := row.Scan(&t.stored.offsets, &t.stored.seqs, &t.epoch); err != nil {
+		return err
 	}
 	t.at = t.stored.clone()
 	began := slices.ContainsFunc(t.at.offsets, func(o int64) bool { return o > 0 })
 	if t.bulk {
-		t.limits = e.bulk
+		t.limits = t.e.bulk
 	}
 	t.rows = newRowCache(!began, t.limits.rows)
-	return t, nil
+	return t.loadParked(ctx)
 }
 
 // limits bound the memory that a task takes, and the size of its transactions.
@@ -106,9 +124,25 @@ const (
 // bulkLimits are those of a task that fills a build.
 var bulkLimits = limits{events: 20_000, bytes: 16 << 20, rows: 10_000}
 
-// run follows the topics until ctx ends, or an error, or until it has passed the given offset of each topic, if there
-// are any, and has stored that. It can be run again then.
+// run follows the topics until ctx ends, or an error, or until it is at the given offset of each topic, if there are any,
+// or beyond, and has stored that. It never reads beyond them. It can be run again then. When the table refuses a row, it goes over the batch again,
+// one event after the other, so that only the one that is at fault is parked.
 func (t *task) run(ctx context.Context, until []int64) error {
+	for {
+		err := t.follow(ctx, until)
+		var refused *refusedError
+		if !errors.As(err, &refused) {
+			return err
+		}
+		upTo := t.at
+		if err := t.reload(ctx); err != nil {
+			return err
+		}
+		t.careful = upTo
+	}
+}
+
+func (t *task) follow(ctx context.Context, until []int64) error {
 	if t.at.passed(until) {
 		return t.flush(ctx)
 	}
@@ -118,8 +152,13 @@ func (t *task) run(ctx context.Context, until []int64) error {
 	defer stop()
 	chunks := make(chan chunk)
 	for i := range t.model.Topics {
-		from, last := t.at.offsets[i], t.at.seqs[i]
-		feeds.Go(func() { t.feed(feeding, i, from, last, chunks) })
+		from, last, to := t.at.offsets[i], t.at.seqs[i], int64(math.MaxInt64)
+		if until != nil {
+			to = until[i]
+		}
+		if from < to {
+			feeds.Go(func() { t.feed(feeding, i, from, to, last, chunks) })
+		}
 	}
 	for {
 		batch, err := t.collect(ctx, chunks, until)
@@ -153,19 +192,29 @@ func (p position) passed(until []int64) bool {
 // chunk is what one read of a topic brought.
 type chunk struct {
 	topic   int
-	events  []projections.Event // that the model listens to
-	next    int64               // offset
-	seq     int64               // of the last event read
+	events  []arrival // that the model listens to
+	next    int64     // offset
+	seq     int64     // of the last event read
 	records int64
 	bytes   int64
 	skipped int64
-	halt    error // after these events
+	seen    time.Time // of the last event
+	halt    error     // after these events
+}
+
+// arrival is an event as it came in.
+type arrival struct {
+	projections.Event
+	offset int64 // in the public topic
+	bad    error // why it cannot be decoded
 }
 
 var errForeign = errors.New("it is no event of ours")
 
-// feed reads one topic from the offset on, where `last` is the journalseq of the event before.
-func (t *task) feed(ctx context.Context, topic int, from, last int64, chunks chan<- chunk) {
+var errEnough = errors.New("enough")
+
+// feed reads one topic from one offset up to another, where `last` is the journalseq of the event before.
+func (t *task) feed(ctx context.Context, topic int, from, to, last int64, chunks chan<- chunk) {
 	name := t.model.Topics[topic]
 	hand := func(c chunk) error {
 		select {
@@ -176,13 +225,16 @@ func (t *task) feed(ctx context.Context, topic int, from, last int64, chunks cha
 		}
 	}
 	err := t.e.Source(name).Read(ctx, t.partition, from, func(b journal.Batch) error {
-		c := chunk{topic: topic, next: b.Next}
+		c := chunk{topic: topic, next: min(b.Next, to)}
 		leaveOut := func(r journal.Record, why error) {
 			if c.skipped++; c.skipped == 1 { // the others are counted
 				t.log.Warn("a record is left out", "topic", name, "offset", r.Offset, "err", why)
 			}
 		}
 		for _, r := range b.Records {
+			if r.Offset >= to {
+				break
+			}
 			recorded, ours := journal.ParseEvent(name, r)
 			if !ours {
 				leaveOut(r, errForeign)
@@ -197,20 +249,29 @@ func (t *task) feed(ctx context.Context, topic int, from, last int64, chunks cha
 				continue
 			}
 			last = recorded.Seq
+			c.seen = recorded.Time
+			if t.discarded[place{topic, recorded.Seq}] {
+				continue
+			}
 			event, listens, err := t.model.Decode(recorded)
-			if err != nil {
+			listens = listens && (t.listens == nil || t.listens(event))
+			if errors.Is(err, projections.ErrUnreadable) {
 				leaveOut(r, err)
+				err = nil
 			}
 			if listens {
-				c.events = append(c.events, event)
+				c.events = append(c.events, arrival{event, r.Offset, err})
 				c.bytes += int64(len(event.Data)) + 256
 			}
 		}
-		c.seq, c.records, from = last, c.next-from, b.Next
-		return hand(c)
+		c.seq, c.records, from = last, c.next-from, c.next
+		if err := hand(c); err != nil || from < to {
+			return err
+		}
+		return errEnough
 	})
 	var halt *haltError
-	if err != nil && ctx.Err() == nil && !errors.As(err, &halt) {
+	if err != nil && ctx.Err() == nil && !errors.As(err, &halt) && !errors.Is(err, errEnough) {
 		// Passing faults are retried inside Read: what comes out is here to stay.
 		_ = hand(chunk{topic: topic, next: from, seq: last, halt: haltf("read %s: %w", name, err)})
 	}
@@ -229,10 +290,14 @@ type batch struct {
 // transaction costs the same whether there is much in it or little.
 func (t *task) collect(ctx context.Context, chunks <-chan chunk, until []int64) (batch, error) {
 	b := batch{at: t.at.clone()}
+	b.at.skipped = 0
 	add := func(c chunk) {
 		b.chunks = append(b.chunks, c)
 		b.at.offsets[c.topic], b.at.seqs[c.topic] = c.next, c.seq
 		b.at.skipped += c.skipped
+		if c.seen.After(b.at.seen) {
+			b.at.seen = c.seen
+		}
 		b.events += len(c.events)
 		b.bytes += int(c.bytes)
 		b.halt = c.halt
@@ -273,40 +338,132 @@ func (t *task) collect(ctx context.Context, chunks <-chan chunk, until []int64) 
 }
 
 // fold applies the batch to the rows in memory.
-func (t *task) fold(ctx context.Context, b batch) (err error) {
+func (t *task) fold(ctx context.Context, b batch) error {
+	touches := make([]touch, 0, b.events)
+	for _, c := range b.chunks {
+		for _, event := range c.events {
+			keys, err := t.keysOf(event)
+			touches = append(touches, touch{event, keys, err})
+		}
+	}
+	if err := t.fetch(ctx, t.pool, touches...); err != nil {
+		return err
+	}
+	for _, c := range b.chunks {
+		for range c.events {
+			if err := t.takeOne(ctx, c.topic, touches[0]); err != nil {
+				return err
+			}
+			touches = touches[1:]
+		}
+	}
+	b.at.skipped += t.at.skipped
+	t.at = b.at
+	return nil
+}
+
+// touch is an event and the rows that it touches.
+type touch struct {
+	arrival
+	keys []any
+	err  error // why it cannot be applied
+}
+
+// keysOf is the keys of the rows that the event touches.
+func (t *task) keysOf(event arrival) (keys []any, err error) {
+	if event.bad != nil {
+		return nil, event.bad
+	}
 	defer func() {
 		if p := recover(); p != nil {
-			err = haltf("%s cannot apply an event: %v", t.model.Name, p)
+			err = fmt.Errorf("%s cannot tell the event's rows: %v", t.model.Name, p)
 		}
 	}()
-	touched := make([][]any, 0, b.events)
-	for _, c := range b.chunks {
-		for _, event := range c.events {
-			touched = append(touched, t.model.Touched(event))
-		}
+	return t.model.Touched(event.Event), nil
+}
+
+func (t *task) takeOne(ctx context.Context, topic int, event touch) error {
+	if event.offset >= t.careful.offset(topic) {
+		return t.take(event)
 	}
-	if !t.model.Append && !t.rows.complete {
-		if err := t.fetch(ctx, touched); err != nil {
-			return err
-		}
+	// One by one: what one event did is stored at once, and if the table refuses that, the event is parked.
+	if err := t.fetch(ctx, t.pool, event); err != nil {
+		return err
 	}
-	for _, c := range b.chunks {
-		for _, event := range c.events {
-			for _, key := range touched[0] {
-				r := t.rows.get(key)
-				if r == nil {
-					if err := t.own(key, event); err != nil {
-						return err
-					}
-					r = t.rows.add(key, t.model.New(), false)
-				}
-				t.model.Apply(key, r.row, event)
-				t.rows.touch(r)
+	store := func() error {
+		t.at.offsets[topic], t.at.seqs[topic] = event.offset+1, event.Seq
+		return t.flush(ctx)
+	}
+	err := t.take(event)
+	if err == nil {
+		err = store()
+	}
+	var refused *refusedError
+	if !errors.As(err, &refused) {
+		return err
+	}
+	upTo := t.careful
+	if err := t.reload(ctx); err != nil {
+		return err
+	}
+	t.careful = upTo
+	if t.at.offsets[topic] > event.offset {
+		return errMoved
+	}
+	event.err = refused
+	if err := t.park(event); err != nil {
+		return err
+	}
+	return store()
+}
+
+func (p position) offset(topic int) int64 {
+	if p.offsets == nil {
+		return 0
+	}
+	return p.offsets[topic]
+}
+
+// take applies one event, or parks it. Either all of its rows have it or none.
+func (t *task) take(event touch) error {
+	if event.err != nil || t.parked.behind(t.model, event) {
+		return t.park(event)
+	}
+	rows, before := make([]*cached, len(event.keys)), make([]any, len(event.keys))
+	for i, key := range event.keys {
+		r := t.rows.get(key)
+		if r == nil {
+			if err := t.own(key, event.Event); err != nil {
+				return err
 			}
-			touched = touched[1:]
+			r = t.rows.add(key, t.model.New(), false)
+		}
+		if rows[i] = r; len(rows) > 1 {
+			before[i] = t.model.Clone(r.row)
+		}
+		if event.err = t.apply(key, r.row, event.Event); event.err != nil {
+			for j := range i {
+				rows[j].row = before[j]
+			}
+			return t.park(event)
 		}
 	}
-	t.at = b.at
+	for _, r := range rows {
+		if t.wanted == nil || t.wanted(r.key, r.row) {
+			t.rows.touch(r)
+		}
+	}
+	return nil
+}
+
+// apply is the model's Apply, whose panic is an error.
+func (t *task) apply(key, row any, event projections.Event) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("%s cannot apply the event: %v", t.model.Name, p)
+		}
+	}()
+	t.model.Apply(key, row, event)
 	return nil
 }
 
@@ -324,11 +481,14 @@ func (t *task) own(key any, event projections.Event) error {
 }
 
 // fetch brings the rows that are not in memory from the table, as far as there are any.
-func (t *task) fetch(ctx context.Context, touched [][]any) error {
+func (t *task) fetch(ctx context.Context, db querier, touches ...touch) error {
+	if t.model.Append || t.rows.complete {
+		return nil
+	}
 	var rows [][]any
 	asked := map[any]bool{}
-	for _, keys := range touched {
-		for _, key := range keys {
+	for _, event := range touches {
+		for _, key := range event.keys {
 			if t.rows.get(key) == nil && !asked[key] {
 				asked[key] = true
 				rows = append(rows, t.model.KeyValues(key))
@@ -339,7 +499,7 @@ func (t *task) fetch(ctx context.Context, touched [][]any) error {
 		return nil
 	}
 	columns := t.model.Columns[:t.model.Keys]
-	found, err := t.pool.Query(ctx, "SELECT "+columnNames(t.model.Columns)+" FROM "+t.build.table()+
+	found, err := db.Query(ctx, "SELECT "+columnNames(t.model.Columns)+" FROM "+t.build.table()+
 		" WHERE ("+columnNames(columns)+") IN (SELECT * FROM "+unnest(columns)+")", arrays(columns, rows)...)
 	if err == nil {
 		for found.Next() {
@@ -380,7 +540,15 @@ func arrays(columns []projections.Column, rows [][]any) []any {
 	return params
 }
 
-// flush stores what has changed since the last time: rows and position, in one transaction.
+// refusedError says that the table cannot hold a row, and never will.
+type refusedError struct{ err error }
+
+func (r *refusedError) Error() string { return r.err.Error() }
+func (r *refusedError) Unwrap() error { return r.err }
+
+var errMoved = errors.New("somebody else has moved the task")
+
+// flush stores what has changed since the last time: rows, parked events and position, in one transaction.
 func (t *task) flush(ctx context.Context) error {
 	t.last = time.Now()
 	if slices.Equal(t.at.offsets, t.stored.offsets) && slices.Equal(t.at.seqs, t.stored.seqs) {
@@ -390,7 +558,7 @@ func (t *task) flush(ctx context.Context) error {
 	for _, r := range t.rows.dirty {
 		values, err := t.model.Values(r.key, r.row)
 		if err != nil {
-			return &haltError{err}
+			return &refusedError{err}
 		}
 		if t.bulk && !r.stored {
 			fresh = append(fresh, values)
@@ -398,12 +566,18 @@ func (t *task) flush(ctx context.Context) error {
 			changed = append(changed, values)
 		}
 	}
-	advance := []any{t.build.id, t.partition, t.build.state, t.stored.offsets, t.stored.seqs, t.at.offsets, t.at.seqs,
-		t.at.skipped}
+	events := int64(0)
+	for i := range t.at.seqs {
+		events += t.at.seqs[i] - t.stored.seqs[i]
+	}
 	batch := &pgx.Batch{}
-	batch.Queue("SELECT wharf.advance($1, $2, $3, $4, $5, $6, $7, $8)", advance...)
+	batch.Queue("SELECT wharf.advance($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)", t.build.id, t.partition, t.build.state,
+		t.epoch, t.stored.offsets, t.stored.seqs, t.at.offsets, t.at.seqs, t.at.skipped, events, t.at.seen)
 	if len(changed) > 0 {
 		batch.Queue(t.upsert(), arrays(t.model.Columns, changed)...)
+	}
+	if err := t.parked.queue(batch, t.build.id, t.partition); err != nil {
+		return err
 	}
 	var err error
 	if len(fresh) == 0 {
@@ -418,17 +592,25 @@ func (t *task) flush(ctx context.Context) error {
 			return err
 		})
 	}
-	var pg *pgconn.PgError
-	switch {
-	case errors.As(err, &pg) && (strings.HasPrefix(pg.Code, "22") || strings.HasPrefix(pg.Code, "23")):
-		return haltf("%s cannot hold a row: %w", t.build.table(), err) // and never will
-	case err != nil:
-		return fmt.Errorf("write rows of %s: %w", t.model.Name, err)
+	if err != nil {
+		return t.failed(err)
 	}
 	t.at.skipped = 0
 	t.stored = t.at.clone()
 	t.rows.flushed(t.model.Append)
+	t.parked.stored()
 	return nil
+}
+
+// failed says what an error of a transaction that wrote rows means.
+func (t *task) failed(err error) error {
+	var pg *pgconn.PgError
+	refused := errors.As(err, &pg) && (strings.HasPrefix(pg.Code, "22") || strings.HasPrefix(pg.Code, "23"))
+	// A value that does not even fit the column's type is found by pgx, which has no type for that error.
+	if refused || strings.Contains(err.Error(), "encode") && !pgconn.SafeToRetry(err) {
+		return &refusedError{fmt.Errorf("%s cannot hold a row: %w", t.build.table(), err)}
+	}
+	return fmt.Errorf("write rows of %s: %w", t.model.Name, err)
 }
 
 func (t *task) upsert() string {

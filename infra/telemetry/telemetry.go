@@ -35,6 +35,10 @@ func Setup(
 		return nil, fmt.Errorf("a log is text or json, not %q", format)
 	}
 	slog.SetDefault(slog.New(handler{h}))
+	if len(opts) == 0 {
+		// Nobody would see the spans: make the ids and pass them on, but record only what a caller has sampled.
+		opts = append(opts, sdktrace.WithSampler(sdktrace.ParentBased(sdktrace.NeverSample())))
+	}
 	provider := sdktrace.NewTracerProvider(opts...)
 	otel.SetTracerProvider(provider)
 	otel.SetTextMapPropagator(propagation.TraceContext{})

@@ -1,0 +1,383 @@
+package postgres
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+
+	"wharf/domain"
+	"wharf/projections"
+)
+
+// How an event that cannot be applied is kept from stopping the others, and from being lost.
+//
+// It is parked, with its error, and so is every later event that has a key in common with one that is parked: its
+// stream, or a row that it touches. So the order of events is kept within a stream and within a row, and everything else
+// goes on. The parked events and the task's position move in one transaction. Rows that miss an event are stale, which
+// their view says. A repair (RetryParked) applies the events in their order, after the program was mended;
+// DiscardParked gives one up, in this build and every later one.
+
+// maxParked is how many events of one task may be parked. With more it halts: so much is no exception any more.
+const maxParked = 10_000
+
+var parkedEvents = promauto.NewGaugeVec(prometheus.GaugeOpts{
+	Name: "wharf_projection_parked_events",
+	Help: "Events that wait because they, or one before them, could not be applied to the read model.",
+}, []string{"model", "state", "partition"})
+
+// parked is the parked events of a task.
+type parked struct {
+	keys  map[string]bool // what is waited for
+	count int
+	fresh []parkedEvent // not yet stored
+	gauge prometheus.Gauge
+}
+
+type parkedEvent struct {
+	event domain.Recorded
+	keys  []string
+	err   string
+}
+
+// place is an event's in the topics of a task.
+type place struct {
+	topic int
+	seq   int64
+}
+
+// keysOfParked are the keys that an event has when it is parked: its stream and the texts of its rows' keys.
+func keysOfParked(m projections.Model, event touch) []string {
+	keys := []string{event.Stream}
+	for _, key := range event.keys {
+		if text := m.KeyText(key); !slices.Contains(keys, text) {
+			keys = append(keys, text)
+		}
+	}
+	return keys
+}
+
+// behind says whether the event must wait for one that is parked.
+func (p *parked) behind(m projections.Model, event touch) bool {
+	if p.count == 0 {
+		return false
+	}
+	return slices.ContainsFunc(keysOfParked(m, event), func(key string) bool { return p.keys[key] })
+}
+
+// park puts the event aside: for its error, or because it has to wait.
+func (t *task) park(event touch) error {
+	if t.parked.count >= maxParked {
+		return haltf("%d events are parked, and more are not kept: mend the program and retry them, or discard those that "+
+			"hold up the others (wharf parked)", t.parked.count)
+	}
+	e := parkedEvent{event.Recorded, keysOfParked(t.model, event), ""}
+	if event.err != nil {
+		e.err = event.err.Error()
+		t.log.Error("an event cannot be applied and is parked: what comes after it on the same stream or row waits",
+			"event", event.Position.String(), "name", event.Name, "stream", event.Stream, "err", event.err)
+	}
+	t.parked.add(e.keys)
+	t.parked.fresh = append(t.parked.fresh, e)
+	return nil
+}
+
+func (p *parked) add(keys []string) {
+	p.count++
+	for _, key := range keys {
+		p.keys[key] = true
+	}
+	p.gauge.Set(float64(p.count))
+}
+
+// queue adds the statement that stores the fresh ones.
+func (p *parked) queue(batch *pgx.Batch, build int64, partition int32) error {
+	for _, e := range p.fresh {
+		event, err := json.Marshal(e.event)
+		if err != nil {
+			return fmt.Errorf("park an event: %w", err)
+		}
+		batch.Queue(`INSERT INTO wharf.parked (build, partition, topic, seq, keys, error, event)
+			VALUES ($1, $2, $3, $4, $5, $6, $7)`, build, partition, e.event.Topic, e.event.Seq, e.keys, e.err, event)
+	}
+	return nil
+}
+
+func (p *parked) stored() { p.fresh = nil }
+
+// loadParked reads what is parked of the task, and what was given up of the model.
+func (t *task) loadParked(ctx context.Context) error {
+	t.parked = parked{keys: map[string]bool{},
+		gauge: parkedEvents.WithLabelValues(t.model.Name, t.build.state, strconv.Itoa(int(t.partition)))}
+	t.parked.gauge.Set(0)
+	rows, err := t.pool.Query(ctx, "SELECT keys FROM wharf.parked WHERE build = $1 AND partition = $2", t.build.id, t.partition)
+	if err != nil {
+		return err
+	}
+	var keys []string
+	if _, err := pgx.ForEachRow(rows, []any{&keys}, func() error { t.parked.add(keys); return nil }); err != nil {
+		return err
+	}
+	t.discarded = map[place]bool{}
+	rows, err = t.pool.Query(ctx, "SELECT topic, seq FROM wharf.discarded WHERE model = $1 AND partition = $2", t.model.Name, t.partition)
+	if err != nil {
+		return err
+	}
+	var topic string
+	var seq int64
+	_, err = pgx.ForEachRow(rows, []any{&topic, &seq}, func() error {
+		if i := slices.Index(t.model.Topics, topic); i >= 0 {
+			t.discarded[place{i, seq}] = true
+		}
+		return nil
+	})
+	return err
+}
+
+// ParkedEvent is an event that waits, as people see it.
+type ParkedEvent struct {
+	Model    string          `json:"model"`
+	Build    int64           `json:"build"`
+	State    string          `json:"state"` // of the build
+	Position string          `json:"position"`
+	Name     string          `json:"type"`
+	Stream   string          `json:"stream"`
+	Keys     []string        `json:"keys"`            // what waits: the stream, and rows by the text of their key
+	Error    string          `json:"error,omitempty"` // empty for one that waits for another
+	ParkedAt time.Time       `json:"parked_at"`
+	Event    json.RawMessage `json:"event,omitempty"` // as it is told publicly
+	Data     string          `json:"data,omitempty"`
+}
+
+// Parked lists what waits of the live and previous builds, those of one model if it is named, in the order in which the
+// events came.
+func (e *Engine) Parked(ctx context.Context, model string) ([]ParkedEvent, error) {
+	rows, err := e.pool.Query(ctx, `SELECT b.model, b.id, b.state, k.topic || '/' || k.partition || '/' || k.seq,
+			k.keys, k.error, k.parked_at, k.event
+		FROM wharf.parked k JOIN wharf.builds b ON b.id = k.build
+		WHERE b.state IN ('live', 'previous') AND ($1 = '' OR b.model = $1) ORDER BY b.model, b.id, k.partition, k.nr`, model)
+	if err != nil {
+		return nil, fmt.Errorf("list the parked events: %w", err)
+	}
+	list, err := pgx.CollectRows(rows, func(r pgx.CollectableRow) (p ParkedEvent, err error) {
+		var recorded domain.Recorded
+		err = r.Scan(&p.Model, &p.Build, &p.State, &p.Position, &p.Keys, &p.Error, &p.ParkedAt, &p.Event)
+		if err == nil {
+			err = json.Unmarshal(p.Event, &recorded)
+		}
+		p.Name, p.Stream, p.Data, p.ParkedAt = recorded.Name, recorded.Stream, string(recorded.Data), p.ParkedAt.UTC()
+		return p, err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list the parked events: %w", err)
+	}
+	return list, nil
+}
+
+// Repaired is what a retry has come to.
+type Repaired struct {
+	Applied int64 `json:"applied"`
+	Waiting int64 `json:"waiting"` // that are still parked
+}
+
+// RetryParked tries the model's parked events again, in their order, on the live build and the previous one: all of
+// them, or those with the key (a stream, or the text of a row's key). One that fails again stays, and so does what waits
+// for it. It needs a program that knows the builds' version, and works whether projectors run or not.
+func (e *Engine) RetryParked(ctx context.Context, model, key string) (sum Repaired, err error) {
+	err = e.eachParked(ctx, model, func(m projections.Model, b build, partition int32) error {
+		one, err := e.repair(ctx, m, b, partition, key)
+		sum.Applied += one.Applied
+		sum.Waiting += one.Waiting
+		return err
+	})
+	if err != nil {
+		return sum, fmt.Errorf("retry the parked events of %s: %w", model, err)
+	}
+	return sum, nil
+}
+
+// ErrNotParked says that no parked event is at that position.
+var ErrNotParked = errors.New("no event is parked at that position")
+
+// DiscardParked gives up the parked event at the position: no build of the model ever applies it. What waited for it
+// waits until it is retried.
+func (e *Engine) DiscardParked(ctx context.Context, model, position string) error {
+	found := false
+	err := e.eachParked(ctx, model, func(m projections.Model, b build, partition int32) error {
+		return pgx.BeginFunc(ctx, e.pool, func(tx pgx.Tx) error {
+			if err := touchTask(ctx, tx, b, partition); err != nil {
+				return err
+			}
+			tag, err := tx.Exec(ctx, `WITH gone AS (DELETE FROM wharf.parked
+					WHERE build = $1 AND partition = $2 AND topic || '/' || partition || '/' || seq = $3 RETURNING topic, seq)
+				INSERT INTO wharf.discarded (model, partition, topic, seq) SELECT $4, $2, topic, seq FROM gone
+				ON CONFLICT (model, partition, topic, seq) DO UPDATE SET discarded_at = now()`,
+				b.id, partition, position, m.Name)
+			found = found || tag.RowsAffected() > 0
+			return err
+		})
+	})
+	if err == nil && !found {
+		err = ErrNotParked
+	}
+	if err != nil {
+		return fmt.Errorf("discard %s of %s: %w", position, model, err)
+	}
+	return nil
+}
+
+// eachParked calls f for each task of the live and the previous build that has parked events.
+func (e *Engine) eachParked(ctx context.Context, model string, f func(projections.Model, build, int32) error) error {
+	m, err := projections.Find(e.Models, model)
+	if err != nil {
+		return err
+	}
+	all, err := builds(ctx, e.pool, live, previous)
+	if err != nil {
+		return err
+	}
+	for _, b := range all {
+		if b.model != m.Name {
+			continue
+		}
+		rows, err := e.pool.Query(ctx, "SELECT DISTINCT partition FROM wharf.parked WHERE build = $1 ORDER BY 1", b.id)
+		if err != nil {
+			return err
+		}
+		partitions, err := pgx.CollectRows(rows, pgx.RowTo[int32])
+		if err != nil {
+			return err
+		}
+		if len(partitions) > 0 && b.version != m.Version {
+			if b.state == previous {
+				continue // its own program's
+			}
+			return fmt.Errorf("the live build is of version %d, and this program has version %d: use the program that made it",
+				b.version, m.Version)
+		}
+		for _, p := range partitions {
+			if err := f(m, b, p); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// touchTask holds the task up until the transaction ends, and makes whoever runs it begin anew after that, because what
+// it has in memory is stale then.
+func touchTask(ctx context.Context, tx pgx.Tx, b build, partition int32) error {
+	_, err := tx.Exec(ctx, "UPDATE wharf.tasks SET epoch = epoch + 1 WHERE build = $1 AND partition = $2", b.id, partition)
+	return err
+}
+
+// repair applies what can be applied of one task's parked events.
+func (e *Engine) repair(ctx context.Context, m projections.Model, b build, partition int32, key string) (done Repaired, err error) {
+	t, err := e.load(ctx, e.pool, m, b, partition)
+	if err != nil {
+		return done, err
+	}
+	err = pgx.BeginFunc(ctx, e.pool, func(tx pgx.Tx) error {
+		if err := touchTask(ctx, tx, b, partition); err != nil {
+			return err
+		}
+		rows, err := tx.Query(ctx, `SELECT event, keys FROM wharf.parked WHERE build = $1 AND partition = $2 ORDER BY nr`,
+			b.id, partition)
+		if err != nil {
+			return err
+		}
+		type waiting struct {
+			event domain.Recorded
+			keys  []string
+		}
+		list, err := pgx.CollectRows(rows, func(r pgx.CollectableRow) (w waiting, err error) {
+			var data []byte
+			if err = r.Scan(&data, &w.keys); err == nil {
+				err = json.Unmarshal(data, &w.event)
+			}
+			return w, err
+		})
+		if err != nil {
+			return err
+		}
+		t.parked = parked{keys: map[string]bool{}, gauge: t.parked.gauge}
+		for _, w := range list {
+			if key != "" && !slices.Contains(w.keys, key) {
+				t.parked.add(w.keys) // left alone, and waited for
+				continue
+			}
+			applied, err := t.retry(ctx, tx, w.event)
+			if err != nil {
+				return err
+			}
+			if applied {
+				done.Applied++
+			}
+		}
+		done.Waiting = int64(t.parked.count)
+		return nil
+	})
+	return done, err
+}
+
+// retry applies one parked event, if nothing before it is parked still, or writes down why it cannot be applied.
+func (t *task) retry(ctx context.Context, tx pgx.Tx, recorded domain.Recorded) (applied bool, err error) {
+	event := touch{}
+	event.Event, _, event.bad = t.model.Decode(recorded)
+	event.keys, event.err = t.keysOf(event.arrival)
+	t.rows = newRowCache(false, t.limits.rows)
+	err = pgx.BeginFunc(ctx, tx, func(tx pgx.Tx) error { // a savepoint
+		if err := t.fetch(ctx, tx, event); err != nil {
+			return err
+		}
+		if err := t.take(event); err != nil || len(t.parked.fresh) > 0 {
+			return err
+		}
+		changed, err := t.changed()
+		if err != nil {
+			return err
+		}
+		if len(changed) > 0 { // no batch: pgx gives up the connection when a value of a batch does not fit
+			if _, err := tx.Exec(ctx, t.upsert(), arrays(t.model.Columns, changed)...); err != nil {
+				return t.failed(err)
+			}
+		}
+		_, err = tx.Exec(ctx, "DELETE FROM wharf.parked WHERE build = $1 AND partition = $2 AND topic = $3 AND seq = $4",
+			t.build.id, t.partition, recorded.Topic, recorded.Seq)
+		if err != nil {
+			return err
+		}
+		return nil
+	})
+	var refused *refusedError
+	if errors.As(err, &refused) {
+		event.err = refused
+		err = t.park(event)
+	}
+	if err != nil || len(t.parked.fresh) == 0 {
+		return err == nil, err
+	}
+	_, err = tx.Exec(ctx, "UPDATE wharf.parked SET error = $5 WHERE build = $1 AND partition = $2 AND topic = $3 AND seq = $4",
+		t.build.id, t.partition, recorded.Topic, recorded.Seq, t.parked.fresh[0].err)
+	t.parked.fresh = nil
+	return false, err
+}
+
+// changed is the rows that are to be written.
+func (t *task) changed() (rows [][]any, err error) {
+	for _, r := range t.rows.dirty {
+		values, err := t.model.Values(r.key, r.row)
+		if err != nil {
+			return nil, &refusedError{err}
+		}
+		rows = append(rows, values)
+	}
+	return rows, nil
+}

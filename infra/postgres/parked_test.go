@@ -1,0 +1,300 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"wharf/domain"
+	"wharf/domain/inventory"
+	"wharf/domain/orders"
+	"wharf/infra/journal"
+	"wharf/projections"
+)
+
+type shelfKey struct {
+	SKU string `db:"sku text"`
+}
+
+type shelfRow struct {
+	Units int64  `db:"units int"` // which is smaller than what it is given
+	Last  string `db:"last text"`
+}
+
+// shelf is a read model that fails on adjustments by 13, as long as it is broken.
+func shelf(version int, broken *atomic.Bool) projections.Model {
+	return projections.Define(projections.Spec[shelfKey, shelfRow]{
+		Name: "shelf", Version: version,
+		Events: map[string]domain.Events{projections.InventoryTopic: inventory.Events},
+		Keys:   func(e projections.Event) []shelfKey { return []shelfKey{{e.Stream}} },
+		Apply: func(_ shelfKey, r shelfRow, e projections.Event) shelfRow {
+			switch f := e.Fact.(type) {
+			case inventory.Received:
+				r.Units += f.Quantity
+			case inventory.Adjusted:
+				if f.Delta == 13 && broken.Load() {
+					panic("no idea")
+				}
+				r.Units += f.Delta
+				r.Last = f.Reason
+			}
+			return r
+		},
+	})
+}
+
+func shelves(t *testing.T, e *Engine) string {
+	return one[string](t, e.pool, `SELECT coalesce(string_agg(sku || ' ' || units || ' ' || last || CASE WHEN stale THEN ' stale' ELSE '' END,
+		', ' ORDER BY sku), '') FROM wharf_read.shelf`)
+}
+
+// An event that cannot be applied waits, and with it what comes after it on its stream, while everything else goes on.
+// Once the program is mended they are applied in their order, and nothing tells the rows from others.
+func TestAPoisonousEventIsParkedAndNothingElse(t *testing.T) {
+	var broken atomic.Bool
+	broken.Store(true)
+	m := shelf(1, &broken)
+	s := newShop()
+	s.tell("MUG", inventory.Received{Quantity: 5})
+	s.tell("MUG", inventory.Adjusted{Delta: 13, Reason: "first"})
+	s.tell("MUG", inventory.Adjusted{Delta: 1, Reason: "second"})
+	s.raw(projections.InventoryTopic, "CUP", "stock.received.v1", `{"quantity": broken`)
+	s.tell("CUP", inventory.Received{Quantity: 7})
+	s.tell("POT", inventory.Received{Quantity: 3})
+	pool := openTest(t)
+	with := func(c *Config) { c.Models = []projections.Model{m} }
+	e := newEngine(t, pool, s, with)
+	stop := start(t, e)
+	s.caughtUp(t, pool)
+	want := "MUG 5  stale, POT 3 "
+	if got := shelves(t, e); got != want {
+		t.Errorf("the shelves are %q, want %q", got, want)
+	}
+	// It still waits after a restart.
+	stop()
+	start(t, e)
+	s.tell("MUG", inventory.Adjusted{Delta: -2, Reason: "third"})
+	s.tell("POT", inventory.Received{Quantity: 1})
+	s.caughtUp(t, pool)
+	if got := shelves(t, e); got != "MUG 5  stale, POT 4 " {
+		t.Errorf("the shelves are %q", got)
+	}
+	list, err := e.Parked(t.Context(), "shelf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var told []string
+	for _, p := range list {
+		told = append(told, fmt.Sprintf("%s %s %v", p.Stream, p.Name, p.Error != ""))
+	}
+	wantTold := []string{"MUG stock.adjusted.v1 true", "MUG stock.adjusted.v1 false", "MUG stock.adjusted.v1 false",
+		"CUP stock.received.v1 true", "CUP stock.received.v1 false"}
+	if diff := cmp.Diff(sorted(wantTold), sorted(told)); diff != "" {
+		t.Errorf("parked (-want +got):\n%s", diff)
+	}
+	// A verification with the same program parks the same, and compares the rest.
+	verify(t, e, 0)
+
+	// A retry that fails changes nothing.
+	done, err := e.RetryParked(t.Context(), "shelf", "")
+	if err != nil || done != (Repaired{0, 5}) {
+		t.Errorf("retried in vain: %+v, %v", done, err)
+	}
+	// Mended, one stream alone, while the projector runs.
+	broken.Store(false)
+	if done, err = e.RetryParked(t.Context(), "shelf", "MUG"); err != nil || done.Applied != 3 {
+		t.Errorf("retried: %+v, %v", done, err)
+	}
+	s.tell("MUG", inventory.Adjusted{Delta: 4, Reason: "fourth"})
+	s.caughtUp(t, pool)
+	if got := shelves(t, e); got != "MUG 21 fourth, POT 4 " {
+		t.Errorf("the shelves are %q", got)
+	}
+	// What nobody will ever read is given up, and what waited for it is applied.
+	cup := ""
+	for _, p := range list {
+		if p.Stream == "CUP" && p.Error != "" {
+			cup = p.Position
+		}
+	}
+	if err := e.DiscardParked(t.Context(), "shelf", cup); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.DiscardParked(t.Context(), "shelf", cup); !errors.Is(err, ErrNotParked) {
+		t.Errorf("discarded twice: %v", err)
+	}
+	if done, err = e.RetryParked(t.Context(), "shelf", ""); err != nil || done != (Repaired{1, 0}) {
+		t.Errorf("retried: %+v, %v", done, err)
+	}
+	if got := shelves(t, e); got != "CUP 7 , MUG 21 fourth, POT 4 " {
+		t.Errorf("the shelves are %q", got)
+	}
+	// The log tells the same, also what was given up.
+	verify(t, e, 0)
+	if err := e.Replay(t.Context(), []string{"shelf"}, ReplayOptions{}, func(Progress) {}); err != nil {
+		t.Error(err)
+	}
+	if got := shelves(t, e); got != "CUP 7 , MUG 21 fourth, POT 4 " {
+		t.Errorf("after a replay the shelves are %q", got)
+	}
+}
+
+func sorted(s []string) map[string]int {
+	counts := map[string]int{}
+	for _, v := range s {
+		counts[v]++
+	}
+	return counts
+}
+
+// verify has the live builds verified, and wants so many differences.
+func verify(t *testing.T, e *Engine, want int64) (c Comparison) {
+	t.Helper()
+	if err := e.Verify(t.Context(), allNames(e), func(Progress) {}, func(one Comparison) {
+		if one.Differences() != want {
+			t.Errorf("want %d differences: %s", want, one.String())
+		}
+		c = one
+	}); err != nil {
+		t.Error(err)
+	}
+	return c
+}
+
+// Of a batch that the table refuses only the event that is at fault is parked, in live projection and in a replay.
+func TestOneEventWhoseRowIsRefusedIsParked(t *testing.T) {
+	var broken atomic.Bool
+	m := shelf(1, &broken)
+	s := newShop()
+	for i := range 20 {
+		s.tell(fmt.Sprint("SKU", i), inventory.Received{Quantity: 5})
+	}
+	s.tell("SKU3", inventory.Received{Quantity: 1 << 40})
+	s.tell("SKU3", inventory.Received{Quantity: 1})
+	s.tell("SKU4", inventory.Adjusted{Delta: 1, Reason: "found"})
+	pool := openTest(t)
+	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{m} })
+	stop := start(t, e)
+	s.caughtUp(t, pool)
+	stop()
+	check := func(when string) {
+		t.Helper()
+		if n := one[int64](t, pool, "SELECT sum(units)::bigint FROM wharf_read.shelf"); n != 101 {
+			t.Errorf("%s: %d units, want 101", when, n)
+		}
+		list, err := e.Parked(t.Context(), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var errs []string
+		for _, p := range list {
+			if p.State == live {
+				errs = append(errs, fmt.Sprintf("%s %v", p.Stream, strings.Contains(p.Error, "cannot hold a row")))
+			}
+		}
+		if diff := cmp.Diff([]string{"SKU3 true", "SKU3 false"}, errs); diff != "" {
+			t.Errorf("%s: parked (-want +got):\n%s", when, diff)
+		}
+	}
+	check("live")
+	if err := e.Replay(t.Context(), []string{"shelf"}, ReplayOptions{}, func(Progress) {}); err != nil {
+		t.Error(err)
+	}
+	check("replayed")
+	if done, err := e.RetryParked(t.Context(), "shelf", "SKU3"); err != nil || done.Applied != 0 {
+		t.Errorf("retried: %+v, %v", done, err)
+	}
+	check("retried")
+}
+
+// An event of several rows is applied to all of them or none: they wait together.
+func TestAnEventOfSeveralRowsIsParkedAsAWhole(t *testing.T) {
+	type key struct {
+		Partition int32  `db:"partition int"`
+		Kind      string `db:"kind text"`
+	}
+	type row struct {
+		N int64 `db:"n bigint"`
+	}
+	m := projections.Define(projections.Spec[key, row]{
+		Name: "kinds", Version: 1,
+		Events: map[string]domain.Events{projections.InventoryTopic: inventory.Events},
+		Keys: func(e projections.Event) []key {
+			if f, ok := e.Fact.(inventory.Adjusted); ok {
+				return []key{{e.Partition, "all"}, {e.Partition, f.Reason}}
+			}
+			return []key{{e.Partition, "all"}}
+		},
+		Apply: func(k key, r row, e projections.Event) row {
+			if k.Kind == "bad" {
+				panic("no idea")
+			}
+			return row{r.N + 1}
+		},
+	})
+	s := newShop()
+	s.tell("MUG", inventory.Received{Quantity: 5})
+	s.tell("MUG", inventory.Adjusted{Delta: 1, Reason: "bad"})
+	pool := openTest(t)
+	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{m} })
+	start(t, e)
+	s.caughtUp(t, pool)
+	if got := one[string](t, pool, "SELECT string_agg(kind || ' ' || n || ' ' || stale, ', ') FROM wharf_read.kinds"); got != "all 1 true" {
+		t.Errorf("the rows are %s", got)
+	}
+}
+
+// So many parked events are no exception any more: the task halts, and loses nothing.
+func TestParkingIsBounded(t *testing.T) {
+	var broken atomic.Bool
+	broken.Store(true)
+	s := newShop()
+	s.tell("MUG", inventory.Adjusted{Delta: 13, Reason: "first"})
+	for range maxParked {
+		s.tell("MUG", inventory.Adjusted{Delta: 1, Reason: "more"})
+	}
+	pool := openTest(t)
+	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{shelf(1, &broken)} })
+	stop := start(t, e)
+	eventually(t, "it halts", func() bool {
+		return one[int64](t, pool, "SELECT count(*) FROM wharf_read.builds WHERE error LIKE '%events are parked%'") == 1
+	})
+	stop()
+	broken.Store(false)
+	if _, err := e.RetryParked(t.Context(), "shelf", ""); err != nil {
+		t.Fatal(err)
+	}
+	start(t, e)
+	s.caughtUp(t, pool)
+	if got := shelves(t, e); got != fmt.Sprintf("MUG %d more", 13+maxParked) {
+		t.Errorf("the shelves are %q", got)
+	}
+}
+
+// An order whose parts lie in several topics waits as one.
+func TestAStreamWaitsInAllTopics(t *testing.T) {
+	s := newShop()
+	id := orderID(1)
+	s.raw(projections.OrdersTopic, id, "order.placed.v1", `{"customer": broken`)
+	s.tell(orderID(2), orders.Placed{Customer: "C", Total: pounds(5)})
+	s.tell(id, orders.Cancelled{Reason: "changed my mind"})
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	start(t, e)
+	s.caughtUp(t, pool)
+	if got := one[string](t, pool, "SELECT string_agg(id::text, ' ') FROM wharf_read.orders"); got != orderID(2) {
+		t.Errorf("the orders are %s", got)
+	}
+	p := journal.Partition([]byte(id), partitions)
+	if n := one[int64](t, pool, "SELECT parked FROM wharf_read.builds WHERE model = 'orders' AND partition = $1", p); n != 2 {
+		t.Errorf("%d events are parked", n)
+	}
+	if _, err := e.RetryParked(context.Background(), "order", ""); err == nil || !strings.Contains(err.Error(), "orders?") {
+		t.Errorf("another read model is retried: %v", err)
+	}
+}

@@ -1,0 +1,344 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+
+	"wharf/projections"
+)
+
+var (
+	verifiedAt = promauto.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "wharf_projection_verified_timestamp_seconds",
+		Help: "When the read model was last compared with the fold of the log.",
+	}, []string{"model"})
+	differences = promauto.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "wharf_projection_differences",
+		Help: "Rows of the read model that differed from the fold of the log when it was last verified.",
+	}, []string{"model"})
+)
+
+// Comparison is what became of comparing the live build of a read model, row by row, with another one that was folded
+// from the start of the log to the same position.
+type Comparison struct {
+	Model    string           `json:"model"`
+	Build    int64            `json:"build"` // the live one
+	Version  int              `json:"version"`
+	Rows     int64            `json:"rows"`     // of the fold
+	Events   int64            `json:"events"`   // that the log held up to there, of the topics that it listens to
+	Position map[string]int64 `json:"position"` // events of each topic, in all partitions together
+	Hash     string           `json:"hash"`     // of the fold's rows, in whatever order
+
+	OnlyLive  int64        `json:"only_live"` // rows that the log does not tell of
+	OnlyFold  int64        `json:"only_fold"` // rows that are missing
+	Differing int64        `json:"differing"`
+	First     []Difference `json:"first"`            // a few of them, by key
+	Halted    string       `json:"halted,omitempty"` // why the live build does not go on, if it does not
+	Parked    int64        `json:"parked"`           // events that wait in the live build; rows that are stale are not compared
+}
+
+// Difference is a row that is not the same in both builds.
+type Difference struct {
+	Key     string   `json:"key"`
+	Kind    string   `json:"kind"`              // only_live, only_fold or differing
+	Columns []string `json:"columns,omitempty"` // that differ
+}
+
+// Differences is how many rows are not the same in both.
+func (c *Comparison) Differences() int64 { return c.OnlyLive + c.OnlyFold + c.Differing }
+
+// String says it in a line, and a line for each of the first differences.
+func (c *Comparison) String() string {
+	var seen []string
+	for _, topic := range slices.Sorted(maps.Keys(c.Position)) {
+		seen = append(seen, fmt.Sprintf("%s %d", topic, c.Position[topic]))
+	}
+	text := fmt.Sprintf("%s: build %d, %d rows of %d events (%s), hash %s", c.Model, c.Build, c.Rows, c.Events,
+		strings.Join(seen, ", "), c.Hash)
+	if c.Parked > 0 {
+		text += fmt.Sprintf("; %d events are parked, and the rows that wait for them were not compared", c.Parked)
+	}
+	if c.Halted != "" {
+		text += "; the live build has halted there: " + c.Halted
+	}
+	if c.Differences() == 0 {
+		return text + ": the live rows equal the fold of the log"
+	}
+	text += fmt.Sprintf(": %d rows differ: %d only in the live build, %d only in the fold, %d in both but not the same",
+		c.Differences(), c.OnlyLive, c.OnlyFold, c.Differing)
+	for _, d := range c.First {
+		text += fmt.Sprintf("\n  %s: %s %s", d.Key, strings.ReplaceAll(d.Kind, "_", " "), strings.Join(d.Columns, ", "))
+	}
+	if int64(len(c.First)) < c.Differences() {
+		text += "\n  …"
+	}
+	return text
+}
+
+// DifferenceError says that a new build is not what the live one is.
+type DifferenceError struct{ Comparison Comparison }
+
+func (e *DifferenceError) Error() string {
+	return "the new build differs from the live one, and was not swapped in. Either the live rows are wrong, or Apply was " +
+		"changed without raising the version; --force swaps it in all the same.\n" + e.Comparison.String()
+}
+
+// firstDifferences is how many keys a Comparison names.
+const firstDifferences = 10
+
+// Verify compares the live build of each named read model with a fold of the log from its start to the same position,
+// and tells each result. Live projection goes on, but for the moment in which both are brought to one position. The fold
+// is a build of its own in the database, which is dropped after that, so memory is bounded whatever the log's length.
+func (e *Engine) Verify(ctx context.Context, names []string, progress func(Progress), result func(Comparison)) error {
+	models, err := e.models(names)
+	if err != nil {
+		return err
+	}
+	for _, m := range models {
+		c, err := e.verify(ctx, m, 0, progress)
+		if err != nil {
+			return fmt.Errorf("verify %s: %w", m.Name, err)
+		}
+		result(c)
+	}
+	return nil
+}
+
+// verify is one model's; pace is how many events a second are read at most, if not 0.
+func (e *Engine) verify(ctx context.Context, m projections.Model, pace int, progress func(Progress)) (c Comparison, err error) {
+	all, err := builds(ctx, e.pool, live)
+	if err != nil {
+		return c, err
+	}
+	for _, b := range all {
+		if b.model == m.Name && b.version != m.Version {
+			return c, fmt.Errorf("%w: it has %d, and this program %d", errOtherVersion, b.version, m.Version)
+		}
+	}
+	r, end, err := e.begin(ctx, m, progress)
+	if err != nil {
+		return c, err
+	}
+	defer end(&err)
+	r.pace = pacer{rate: pace, began: time.Now()}
+	if err := r.fill(ctx); err != nil {
+		return c, err
+	}
+	c, err = r.compare(ctx)
+	if err != nil {
+		return c, err
+	}
+	verifiedAt.WithLabelValues(m.Name).SetToCurrentTime()
+	differences.WithLabelValues(m.Name).Set(float64(c.Differences()))
+	r.tell(PhaseDone)
+	return c, errors.Join(err, r.abandon(ctx))
+}
+
+// verifyNowAndThen verifies all read models again and again, one after the other, if one is to. Of several engines on
+// one database one does so.
+func (e *Engine) verifyNowAndThen(ctx context.Context) {
+	if e.Config.Verify <= 0 {
+		return
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(e.Config.Verify):
+		}
+		if err := e.verifyAll(ctx); err != nil && ctx.Err() == nil {
+			e.Logger.Warn("read models could not be verified", "err", err)
+		}
+	}
+}
+
+func (e *Engine) verifyAll(ctx context.Context) error {
+	conn, err := e.pool.Acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Release()
+	var ours bool
+	if err := conn.QueryRow(ctx, "SELECT pg_try_advisory_lock($1, $2)", lockClass, verifyLock).Scan(&ours); err != nil || !ours {
+		return err
+	}
+	defer unlock(ctx, conn, lockClass, verifyLock)
+	for _, m := range e.Models {
+		c, err := e.verify(ctx, m, e.Pace, func(Progress) {})
+		switch {
+		case errors.Is(err, errOtherVersion):
+		case err != nil:
+			return fmt.Errorf("%s: %w", m.Name, err)
+		case c.Differences() > 0:
+			e.Logger.Error("a read model differs from the fold of the log: build it anew (wharf replay --force)",
+				"model", m.Name, "difference", c.String())
+		default:
+			e.Logger.Info("a read model was verified", "model", m.Name, "rows", c.Rows, "events", c.Events, "hash", c.Hash)
+		}
+	}
+	return nil
+}
+
+// pacer holds a reader back to a rate.
+type pacer struct {
+	rate  int
+	began time.Time
+	done  int64
+}
+
+// wait counts the events and sleeps as long as they were too fast.
+func (p *pacer) wait(events int64) time.Duration {
+	if p.rate <= 0 {
+		return 0
+	}
+	p.done += events
+	return time.Until(p.began.Add(time.Duration(float64(p.done) / float64(p.rate) * float64(time.Second))))
+}
+
+var errOtherVersion = errors.New("the live build is of another version than this program's")
+
+// compare brings the new build to where the live one is, and compares the two in a snapshot of that moment.
+func (r *replay) compare(ctx context.Context) (c Comparison, err error) {
+	r.tell(PhaseVerifying)
+	conn, err := r.pool.Acquire(ctx)
+	if err != nil {
+		return c, err
+	}
+	defer conn.Release()
+	var old build
+	snapshot, err := conn.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.RepeatableRead})
+	if err != nil {
+		return c, err
+	}
+	defer func() { _ = snapshot.Rollback(context.WithoutCancel(ctx)) }()
+	err = r.meet(ctx, func(_ pgx.Tx, b build) error {
+		old = b
+		// The first statement takes the snapshot, while both are at one position.
+		_, err := snapshot.Exec(ctx, "SELECT count(*) FROM wharf.builds")
+		return err
+	})
+	if err != nil {
+		return c, err
+	}
+	return compare(ctx, snapshot, r.model, old, r.build)
+}
+
+// compare compares two builds of the model in one snapshot.
+func compare(ctx context.Context, tx pgx.Tx, m projections.Model, old, fresh build) (c Comparison, err error) {
+	c = Comparison{Model: m.Name, Build: old.id, Version: old.version, Position: map[string]int64{}}
+	// Text is compared and shown the same everywhere, and there is no limit to how long it may take.
+	if _, err := tx.Exec(ctx, "SET LOCAL TimeZone = 'UTC'; SET LOCAL statement_timeout = 0; SET LOCAL work_mem = '64MB'"); err != nil {
+		return c, err
+	}
+	rows, err := tx.Query(ctx, `SELECT topic, sum(seq)::bigint FROM wharf.tasks, unnest($2::text[], seqs) AS s (topic, seq)
+		WHERE build = $1 GROUP BY topic`, fresh.id, fresh.topics)
+	if err != nil {
+		return c, err
+	}
+	var topic string
+	var seq int64
+	if _, err := pgx.ForEachRow(rows, []any{&topic, &seq}, func() error {
+		c.Position[topic] = seq
+		c.Events += seq
+		return nil
+	}); err != nil {
+		return c, err
+	}
+	err = tx.QueryRow(ctx, `SELECT (SELECT count(*) FROM wharf.parked WHERE build = $1),
+		coalesce((SELECT string_agg(format('partition %s: %s', partition, error), '; ' ORDER BY partition) FROM wharf.tasks
+			WHERE build = $1 AND error <> ''), '')`, old.id).Scan(&c.Parked, &c.Halted)
+	if err != nil {
+		return c, err
+	}
+	hash := fmt.Sprintf(`SELECT count(*), to_hex(coalesce(bit_xor(hashtextextended(r::text, 0)), 0)) FROM %s r`, fresh.table())
+	if err := tx.QueryRow(ctx, hash).Scan(&c.Rows, &c.Hash); err != nil {
+		return c, err
+	}
+	// Columns that only one of them has (of another version) are not compared.
+	shared, err := sharedColumns(ctx, tx, m, old, fresh)
+	if err != nil {
+		return c, err
+	}
+	key := m.Columns[:m.Keys]
+	if len(shared) < len(key) || !slices.Equal(shared[:len(key)], key) {
+		return c, nil // another key: there is nothing to compare by
+	}
+	var equal, which []string
+	for _, column := range shared[len(key):] {
+		cast := ""
+		if column.Type == "json" {
+			cast = "::text" // which is how it was written, and json cannot be compared
+		}
+		same := fmt.Sprintf("l.%[1]s%[2]s IS NOT DISTINCT FROM f.%[1]s%[2]s", quote(column.Name), cast)
+		equal = append(equal, same)
+		which = append(which, fmt.Sprintf("CASE WHEN %s THEN NULL ELSE '%s' END", same, column.Name))
+	}
+	equal, which = append(equal, "true"), append(which, "NULL")
+	joined := fmt.Sprintf(`FROM (SELECT *, true AS is_there FROM %s) l FULL JOIN (SELECT *, true AS is_there FROM %s) f USING (%s)
+		WHERE (l.is_there IS NULL OR f.is_there IS NULL OR NOT (%s))`,
+		old.table(), fresh.table(), columnNames(key), strings.Join(equal, " AND "))
+	joined += " AND NOT " + waiting(m, old, fresh)
+	kind := "CASE WHEN f.is_there IS NULL THEN 'only_live' WHEN l.is_there IS NULL THEN 'only_fold' ELSE 'differing' END"
+	texts := make([]string, len(key))
+	for i, k := range key {
+		texts[i] = quote(k.Name) + "::text"
+	}
+	found, err := tx.Query(ctx, fmt.Sprintf(`SELECT concat_ws('/', %s), %s, CASE WHEN l.is_there AND f.is_there THEN
+		array_remove(ARRAY[%s]::text[], NULL) ELSE '{}' END, count(*) OVER (PARTITION BY %s), row_number() OVER (ORDER BY %s) AS n
+		%s ORDER BY n LIMIT %d`, strings.Join(texts, ", "), kind, strings.Join(which, ", "), kind, columnNames(key), joined, firstDifferences))
+	if err != nil {
+		return c, err
+	}
+	var d Difference
+	var of, n int64
+	_, err = pgx.ForEachRow(found, []any{&d.Key, &d.Kind, &d.Columns, &of, &n}, func() error {
+		c.First = append(c.First, d)
+		d.Columns = nil
+		return nil
+	})
+	if err != nil || len(c.First) == 0 {
+		return c, err
+	}
+	err = tx.QueryRow(ctx, fmt.Sprintf(`SELECT count(*) FILTER (WHERE kind = 'only_live'), count(*) FILTER (WHERE kind = 'only_fold'),
+		count(*) FILTER (WHERE kind = 'differing') FROM (SELECT %s AS kind %s) d`, kind, joined)).
+		Scan(&c.OnlyLive, &c.OnlyFold, &c.Differing)
+	return c, err
+}
+
+// waiting is the condition that a row of the join waits for a parked event, in either build.
+func waiting(m projections.Model, old, fresh build) string {
+	waits := "k.partition = coalesce(l.partition, f.partition)"
+	if m.Stream != "" {
+		waits = fmt.Sprintf("k.keys @> ARRAY[coalesce(l.%[1]s, f.%[1]s)::text]", quote(m.Stream))
+	}
+	return fmt.Sprintf("EXISTS (SELECT FROM wharf.parked k WHERE k.build IN (%d, %d) AND %s)", old.id, fresh.id, waits)
+}
+
+// sharedColumns are the model's columns that both builds have, in the same type.
+func sharedColumns(ctx context.Context, tx pgx.Tx, m projections.Model, old, fresh build) (shared []projections.Column, err error) {
+	rows, err := tx.Query(ctx, `SELECT o.attname FROM pg_attribute o JOIN pg_attribute n USING (attname, atttypid)
+		WHERE o.attrelid = $1::regclass AND n.attrelid = $2::regclass AND o.attnum > 0 AND NOT o.attisdropped`,
+		old.table(), fresh.table())
+	if err != nil {
+		return nil, err
+	}
+	have, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return nil, err
+	}
+	for _, c := range m.Columns {
+		if slices.Contains(have, c.Name) {
+			shared = append(shared, c)
+		}
+	}
+	return shared, nil
+}

@@ -1,0 +1,255 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// What somebody has changed behind the projector's back is found, row by row, and a replay does not swap a difference in
+// that nobody asked for.
+func TestAVerificationFindsEveryDifference(t *testing.T) {
+	s := newShop()
+	s.stock(50)
+	for i := range 30 {
+		s.order(i, 3)
+	}
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	stop := start(t, e)
+	s.caughtUp(t, pool)
+	clean := verify(t, e, 0)
+	if clean.Rows == 0 || clean.Events == 0 || clean.Hash == "" || clean.Hash == "0" {
+		t.Errorf("the verification says %+v", clean)
+	}
+	stop()
+	right := dump(t, pool, e.Models)
+	for _, sql := range []string{
+		"UPDATE %s SET status = 'lost', total = total + 1 WHERE id = '" + orderID(1) + "'",
+		"DELETE FROM %s WHERE id = '" + orderID(2) + "'",
+		"INSERT INTO %s SELECT gen_random_uuid(), customer, status, reason, lines, total, currency, version, placed_at, updated_at, payment, payment_version, shipment_status, shipment_version FROM %[1]s WHERE id = '" + orderID(3) + "'",
+	} {
+		table := "wharf_build_" + fmt.Sprint(one[int64](t, pool, "SELECT id FROM wharf.builds WHERE model = 'orders' AND state = 'live'")) + ".orders"
+		if _, err := pool.Exec(t.Context(), fmt.Sprintf(sql, table)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var c Comparison
+	if err := e.Verify(t.Context(), []string{"orders"}, func(Progress) {}, func(one Comparison) { c = one }); err != nil {
+		t.Fatal(err)
+	}
+	if c.OnlyLive != 1 || c.OnlyFold != 1 || c.Differing != 1 || len(c.First) != 3 {
+		t.Errorf("it found %+v", c)
+	}
+	kinds := map[string]Difference{}
+	for _, d := range c.First {
+		kinds[d.Kind] = d
+	}
+	want := map[string]Difference{
+		"differing": {orderID(1), "differing", []string{"status", "total"}},
+		"only_fold": {orderID(2), "only_fold", []string{}},
+	}
+	delete(kinds, "only_live")
+	if diff := cmp.Diff(want, kinds); diff != "" {
+		t.Errorf("the differences are (-want +got):\n%s", diff)
+	}
+	var difference *DifferenceError
+	err := e.Replay(t.Context(), []string{"orders"}, ReplayOptions{}, func(Progress) {})
+	if !errors.As(err, &difference) || difference.Comparison.Differences() != 3 || !strings.Contains(err.Error(), orderID(1)) {
+		t.Errorf("a replay says %v", err)
+	}
+	if n := one[int64](t, pool, "SELECT count(*) FROM wharf.builds"); n != int64(len(e.Models)) {
+		t.Errorf("%d builds are left", n)
+	}
+	if err := e.Replay(t.Context(), []string{"orders"}, ReplayOptions{Force: true}, func(Progress) {}); err != nil {
+		t.Error(err)
+	}
+	if diff := cmp.Diff(right, dump(t, pool, e.Models)); diff != "" {
+		t.Errorf("after the replay rows differ (-want +got):\n%s", diff)
+	}
+	verify(t, e, 0)
+}
+
+// Verifications hold while orders come in and projectors come and go.
+func TestAVerificationHoldsWhileEverythingMoves(t *testing.T) {
+	s := newShop()
+	s.stock(100)
+	s.order(0, 3)
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	stop := start(t, e)
+	ctx, cancel := context.WithCancel(context.Background())
+	var others sync.WaitGroup
+	var told atomic.Int64
+	others.Go(func() {
+		for i := 1; ctx.Err() == nil; i++ {
+			s.order(i, 3)
+			told.Add(1)
+			s.near(t, pool)
+		}
+	})
+	others.Go(func() {
+		for ctx.Err() == nil {
+			stop()
+			stop = start(t, e)
+		}
+	})
+	checker := newEngine(t, openURL(t, pool.Config().ConnString()), s)
+	for range 3 {
+		verify(t, checker, 0)
+	}
+	cancel()
+	others.Wait()
+	if told.Load() == 0 {
+		t.Error("nothing happened meanwhile")
+	}
+}
+
+// The previous build is kept up to date, and comes back in a moment, again and again; queries never see less than
+// before. When it was kept for long enough it is gone, which is said.
+func TestARollbackBringsThePreviousBuildBack(t *testing.T) {
+	s := newShop()
+	s.stock(20)
+	for i := range 20 {
+		s.order(i, 2)
+	}
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	stop := start(t, e)
+	s.caughtUp(t, pool)
+	quiet := func(Progress) {}
+	if err := e.Rollback(t.Context(), "sales", quiet); err == nil || !strings.Contains(err.Error(), "no previous build") {
+		t.Errorf("rolled back to nothing: %v", err)
+	}
+	if err := e.Replay(t.Context(), []string{"sales"}, ReplayOptions{}, quiet); err != nil {
+		t.Fatal(err)
+	}
+	id := func(state string) int64 {
+		return one[int64](t, pool, "SELECT id FROM wharf.builds WHERE model = 'sales' AND state = $1", state)
+	}
+	fresh, old := id(live), id(previous)
+	ctx, cancel := context.WithCancel(context.Background())
+	var others sync.WaitGroup
+	others.Go(func() {
+		for i := 20; ctx.Err() == nil; i++ {
+			s.order(i, 2)
+			s.near(t, pool)
+		}
+	})
+	others.Go(func() {
+		for seen := int64(0); ctx.Err() == nil; {
+			now := one[int64](t, pool, "SELECT coalesce(sum(orders), 0)::bigint FROM wharf_read.sales")
+			if now < seen {
+				t.Errorf("%d orders after %d", now, seen)
+			}
+			seen = now
+		}
+	})
+	for range 5 {
+		if err := e.Rollback(t.Context(), "sales", quiet); err != nil {
+			t.Error(err)
+		}
+		if id(live) != old || id(previous) != fresh {
+			t.Errorf("builds %d and %d are live and previous, want %d and %d", id(live), id(previous), old, fresh)
+		}
+		fresh, old = old, fresh
+	}
+	cancel()
+	others.Wait()
+	s.caughtUp(t, pool)
+	eventually(t, "the previous build is up to date, too", func() bool { return s.lag(t, pool, previous) == 0 })
+	verify(t, e, 0)
+	stop()
+	// A previous build without a projector is brought up to date by the rollback itself.
+	s.order(1_000_000, 2)
+	if err := e.Rollback(t.Context(), "sales", quiet); err != nil {
+		t.Error(err)
+	}
+	if _, err := pool.Exec(t.Context(), "UPDATE wharf.builds SET version = 7 WHERE state = 'previous'"); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Rollback(t.Context(), "sales", quiet); err == nil || !strings.Contains(err.Error(), "version 7") {
+		t.Errorf("rolled back to another version: %v", err)
+	}
+	if _, err := pool.Exec(t.Context(), "UPDATE wharf.builds SET keep_until = now() WHERE state = 'previous'"); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.sweep(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n := one[int64](t, pool, "SELECT count(*) FROM wharf.builds WHERE state = 'previous'"); n != 0 {
+		t.Errorf("%d previous builds are left", n)
+	}
+}
+
+func TestABuildCanBeLeftAsideToBeLookedAt(t *testing.T) {
+	s := newShop()
+	s.order(1, 2)
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	stop := start(t, e)
+	s.caughtUp(t, pool)
+	var last Progress
+	if err := e.Replay(t.Context(), []string{"orders"}, ReplayOptions{NoSwap: true}, func(p Progress) { last = p }); err != nil {
+		t.Fatal(err)
+	}
+	if n := one[int64](t, pool, "SELECT count(*) FROM "+last.Table); n != 1 {
+		t.Errorf("%d orders in %s", n, last.Table)
+	}
+	if n := one[int64](t, pool, "SELECT count(*) FROM wharf.builds WHERE state = 'live' AND id = $1", last.Build); n != 0 {
+		t.Error("it is live")
+	}
+	stop()
+	e.Keep = time.Nanosecond
+	if err := e.Replay(t.Context(), []string{"orders"}, ReplayOptions{NoSwap: true}, func(p Progress) { last = p }); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.sweep(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n := one[int64](t, pool, "SELECT count(*) FROM wharf.builds WHERE id = $1", last.Build); n != 0 {
+		t.Error("it is still there")
+	}
+}
+
+func TestReadModelsAreVerifiedNowAndThen(t *testing.T) {
+	s := newShop()
+	s.order(1, 2)
+	pool := openTest(t)
+	e := newEngine(t, pool, s, func(c *Config) { c.Verify = 10 * time.Millisecond })
+	start(t, e)
+	before := lastVerified(t, "orders")
+	eventually(t, "the orders are verified", func() bool { return lastVerified(t, "orders") > before })
+}
+
+// lastVerified is when the model was verified last.
+func lastVerified(t *testing.T, model string) float64 {
+	t.Helper()
+	families, err := prometheus.DefaultGatherer.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		for _, m := range f.GetMetric() {
+			if f.GetName() == "wharf_projection_verified_timestamp_seconds" && m.GetLabel()[0].GetValue() == model {
+				return m.GetGauge().GetValue()
+			}
+		}
+	}
+	return 0
+}
+
+// near waits until live projection is not far behind: a log in memory grows faster than any table.
+func (s *shop) near(t *testing.T, pool *pgxpool.Pool) {
+	t.Helper()
+	eventually(t, "live projection comes near", func() bool { return s.lag(t, pool, live) < 500 })
+}
