@@ -101,13 +101,14 @@ type HistoryEntry struct {
 	Position string          `json:"position" doc:"Its place in the public log: topic/partition/count." example:"orders.events/3/17"`
 	Cause    string          `json:"cause" doc:"The position of the event that it was made for; empty when an HTTP command or a deadline made it."`
 	Data     json.RawMessage `json:"data,omitempty" doc:"As recorded. Missing when it cannot be read."`
+	Stale    bool            `json:"stale,omitempty" doc:"True while later events of the order could not be applied, and are missing here."`
 
 	position domain.Position
 }
 
 func scanHistory(row pgx.Row) (h HistoryEntry, err error) {
 	p := &h.position
-	err = row.Scan(&h.ID, &h.Type, &h.Service, &h.Time, &h.Version, &p.Topic, &p.Partition, &p.Seq, &h.Cause, &h.Data)
+	err = row.Scan(&h.ID, &h.Type, &h.Service, &h.Time, &h.Version, &p.Topic, &p.Partition, &p.Seq, &h.Cause, &h.Data, &h.Stale)
 	h.Position, h.Time = p.String(), h.Time.UTC()
 	if string(h.Data) == "null" {
 		h.Data = nil
@@ -116,6 +117,7 @@ func scanHistory(row pgx.Row) (h HistoryEntry, err error) {
 }
 
 type historyList struct {
+	Consistency
 	ID OrderID `path:"id"`
 	Page
 }
@@ -127,13 +129,13 @@ type historyCursor struct {
 	Seq       int64     `json:"seq"`
 }
 
-func registerHistory(api huma.API, db DB) {
-	huma.Register(api, huma.Operation{
+func registerHistory(api huma.API, db Reads) {
+	read(api, db, History, huma.Operation{
 		OperationID: "list-order-history", Method: http.MethodGet, Path: "/orders/{id}/history",
 		Summary:     "Every event of an order in all services",
 		Description: "By time, then position: causes come before their effects.", Tags: []string{"orders"},
 	}, func(ctx context.Context, in *historyList) (*List[HistoryEntry], error) {
-		q := newQuery(`SELECT id, type, service, time, version, topic, partition, seq, cause, data
+		q := newQuery(`SELECT id, type, service, time, version, topic, partition, seq, cause, data, stale
 			FROM wharf_read.history`)
 		q.where("order_id = ?", in.ID.UUID())
 		out, err := list(ctx, db, in.Page, q, keyset[HistoryEntry, historyCursor]{

@@ -22,15 +22,22 @@ import (
 
 // Register adds every query to the API. Queries read nothing but the views; what the database says of a query that
 // fails is returned as it is, wrapped.
-func Register(api huma.API, db DB, lags Lags) {
-	registerOrders(api, db)
-	registerHistory(api, db)
-	registerStock(api, db)
-	registerPayments(api, db)
-	registerLedger(api, db)
-	registerShipments(api, db)
-	registerSales(api, db)
-	registerStatus(api, db, lags)
+func Register(api huma.API, r Reads) {
+	registerOrders(api, r)
+	registerHistory(api, r)
+	registerStock(api, r)
+	registerPayments(api, r)
+	registerLedger(api, r)
+	registerShipments(api, r)
+	registerSales(api, r)
+	registerStatus(api, r)
+}
+
+// Reads is what queries need.
+type Reads struct {
+	DB
+	Positions
+	Lags
 }
 
 // One is the answer of a query for one entity.

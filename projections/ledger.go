@@ -52,27 +52,31 @@ type ledgerRow struct {
 type LedgerLine struct {
 	Account string       `json:"account"`
 	Balance domain.Money `json:"balance" doc:"Positive: a debit. All balances of a currency sum to zero."`
+	Stale   bool         `json:"stale,omitempty" doc:"True while events could not be applied that may belong here."`
 }
 
 func scanLedger(row pgx.Row) (l LedgerLine, err error) {
-	err = row.Scan(&l.Account, &l.Balance.Currency, &l.Balance.Amount)
+	err = row.Scan(&l.Account, &l.Balance.Currency, &l.Balance.Amount, &l.Stale)
 	return l, err
 }
 
-type ledgerList struct{ Page }
+type ledgerList struct {
+	Consistency
+	Page
+}
 
 type ledgerCursor struct {
 	Account  string `json:"account"`
 	Currency string `json:"currency"`
 }
 
-func registerLedger(api huma.API, db DB) {
-	huma.Register(api, huma.Operation{
+func registerLedger(api huma.API, db Reads) {
+	read(api, db, Ledger, huma.Operation{
 		OperationID: "list-ledger", Method: http.MethodGet, Path: "/ledger",
 		Summary: "The balance of every account and currency", Description: "By account and currency.",
 		Tags: []string{"payments"},
 	}, func(ctx context.Context, in *ledgerList) (*List[LedgerLine], error) {
-		q := newQuery("SELECT account, currency, sum(balance)::bigint FROM wharf_read.ledger")
+		q := newQuery("SELECT account, currency, sum(balance)::bigint, bool_or(stale) FROM wharf_read.ledger")
 		q.group = "account, currency"
 		return list(ctx, db, in.Page, q, keyset[LedgerLine, ledgerCursor]{
 			scan:   scanLedger,

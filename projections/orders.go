@@ -99,6 +99,7 @@ type Order struct {
 	Version   int64         `json:"version"`
 	PlacedAt  time.Time     `json:"placed_at"`
 	UpdatedAt time.Time     `json:"updated_at"`
+	Stale     bool          `json:"stale,omitempty" doc:"True while events of it could not be applied: this is how it was before them."`
 }
 
 // Part is the state of an order's payment or shipment.
@@ -108,23 +109,25 @@ type Part struct {
 }
 
 const orderColumns = `id, customer, status, reason, total, currency, payment->>'Status', payment_version,
-	shipment_status, shipment_version, version, placed_at, updated_at`
+	shipment_status, shipment_version, version, placed_at, updated_at, stale`
 
 func scanOrder(row pgx.Row, more ...any) (o Order, err error) {
 	err = row.Scan(append([]any{&o.ID, &o.Customer, &o.Status, &o.Reason, &o.Total.Amount, &o.Total.Currency,
-		&o.Payment.Status, &o.Payment.Version, &o.Shipment.Status, &o.Shipment.Version, &o.Version, &o.PlacedAt, &o.UpdatedAt},
+		&o.Payment.Status, &o.Payment.Version, &o.Shipment.Status, &o.Shipment.Version, &o.Version, &o.PlacedAt, &o.UpdatedAt, &o.Stale},
 		more...)...)
 	o.PlacedAt, o.UpdatedAt = o.PlacedAt.UTC(), o.UpdatedAt.UTC()
 	return o, err
 }
 
 type orderList struct {
+	Consistency
 	Page
 	Customer name   `query:"customer" doc:"Only those of this customer."`
 	Status   string `query:"status" enum:"placed,stock_confirmed,confirmed,cancelling,shipped,delivered,rejected,cancelled,expired" doc:"Only those in this state."`
 }
 
 type orderOne struct {
+	Consistency
 	ID OrderID `path:"id"`
 }
 
@@ -133,8 +136,8 @@ type orderCursor struct {
 	ID       uuid.UUID `json:"order"`
 }
 
-func registerOrders(api huma.API, db DB) {
-	huma.Register(api, huma.Operation{
+func registerOrders(api huma.API, db Reads) {
+	read(api, db, Orders, huma.Operation{
 		OperationID: "list-orders", Method: http.MethodGet, Path: "/orders",
 		Summary: "List orders", Description: "Newest first, without their lines.", Tags: []string{"orders"},
 	}, func(ctx context.Context, in *orderList) (*List[Order], error) {
@@ -153,7 +156,7 @@ func registerOrders(api huma.API, db DB) {
 			cursor: func(o Order) orderCursor { return orderCursor{o.PlacedAt, o.ID} },
 		})
 	})
-	huma.Register(api, huma.Operation{
+	read(api, db, Orders, huma.Operation{
 		OperationID: "get-order", Method: http.MethodGet, Path: "/orders/{id}",
 		Summary: "An order with its lines", Tags: []string{"orders"},
 	}, func(ctx context.Context, in *orderOne) (*One[Order], error) {

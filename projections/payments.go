@@ -54,6 +54,7 @@ type Payment struct {
 	Pending    domain.Money    `json:"pending" doc:"Refunds that are asked for and not answered."`
 	Version    int64           `json:"version"`
 	Movements  []Movement      `json:"movements" doc:"Every event of the payment, oldest first."`
+	Stale      bool            `json:"stale,omitempty" doc:"True while events of it could not be applied: this is how it was before them."`
 }
 
 // Movement is an event of a payment. Fields that its kind of event does not have are missing, but for the postings,
@@ -116,12 +117,13 @@ func postings(e Event) []payments.Posting {
 }
 
 type paymentOne struct {
+	Consistency
 	Order OrderID `path:"order"`
 }
 
 func scanPayment(row pgx.Row) (p Payment, err error) {
 	var s payments.Payment
-	err = row.Scan(&p.Order, &s, &p.Movements, &p.Version)
+	err = row.Scan(&p.Order, &s, &p.Movements, &p.Version, &p.Stale)
 	money := func(amount int64) domain.Money { return domain.Money{Amount: amount, Currency: s.Currency} }
 	p.Status = s.Status
 	p.Authorized, p.Captured, p.Refunded, p.Pending =
@@ -129,13 +131,13 @@ func scanPayment(row pgx.Row) (p Payment, err error) {
 	return p, err
 }
 
-func registerPayments(api huma.API, db DB) {
-	huma.Register(api, huma.Operation{
+func registerPayments(api huma.API, db Reads) {
+	read(api, db, Payments, huma.Operation{
 		OperationID: "get-payment", Method: http.MethodGet, Path: "/payments/{order}",
 		Summary: "The payment of an order", Tags: []string{"payments"},
 	}, func(ctx context.Context, in *paymentOne) (*One[Payment], error) {
 		p, err := scanPayment(db.QueryRow(ctx,
-			"SELECT order_id, state, movements, version FROM wharf_read.payments WHERE order_id = $1", in.Order.UUID()))
+			"SELECT order_id, state, movements, version, stale FROM wharf_read.payments WHERE order_id = $1", in.Order.UUID()))
 		return one(p, p.Version, err)
 	})
 }

@@ -106,7 +106,7 @@ type Spec[K comparable, R any] struct {
 	// Append says that every event makes rows of its own, which nothing changes later: the key contains the event's
 	// position.
 	Append bool
-	// Stream is the column with the id of the stream that a row tells of, where that is not the key. Events of the stream
+	// Stream is the key's column with the id of the stream that a row tells of, if there is one. Events of the stream
 	// that could not be applied make the row stale. A row without such a column is stale with any of its partition's.
 	Stream string
 }
@@ -161,6 +161,9 @@ func Define[K comparable, R any](s Spec[K, R]) Model {
 	}
 	if m.Stream = s.Stream; m.Stream == "" && rows.partition < 0 {
 		m.Stream = rows.key[0].column.Name
+	}
+	if m.Stream != "" && !slices.ContainsFunc(m.Columns[:m.Keys], func(c Column) bool { return c.Name == m.Stream }) {
+		panic(s.Name + ": the column of the stream must be one of the key's")
 	}
 	for topic := range s.Events {
 		m.Topics = append(m.Topics, topic)

@@ -68,14 +68,16 @@ type SalesLine struct {
 	Revenue domain.Money `json:"revenue" doc:"Captured less refunded on that day."`
 	Orders  int64        `json:"orders" doc:"That were shipped on that day."`
 	Units   int64        `json:"units" doc:"That were shipped on that day."`
+	Stale   bool         `json:"stale,omitempty" doc:"True while events could not be applied that may belong here."`
 }
 
 func scanSales(row pgx.Row) (s SalesLine, err error) {
-	err = row.Scan(&s.Date, &s.Revenue.Currency, &s.Revenue.Amount, &s.Orders, &s.Units)
+	err = row.Scan(&s.Date, &s.Revenue.Currency, &s.Revenue.Amount, &s.Orders, &s.Units, &s.Stale)
 	return s, err
 }
 
 type salesList struct {
+	Consistency
 	Page
 	From string `query:"from" format:"date" doc:"The first UTC day wanted, YYYY-MM-DD."`
 	To   string `query:"to" format:"date" doc:"The last UTC day wanted, YYYY-MM-DD."`
@@ -86,12 +88,12 @@ type salesCursor struct {
 	Currency string `json:"currency"`
 }
 
-func registerSales(api huma.API, db DB) {
-	huma.Register(api, huma.Operation{
+func registerSales(api huma.API, db Reads) {
+	read(api, db, Sales, huma.Operation{
 		OperationID: "list-sales", Method: http.MethodGet, Path: "/sales",
 		Summary: "Sales per day and currency", Description: "By day and currency.", Tags: []string{"sales"},
 	}, func(ctx context.Context, in *salesList) (*List[SalesLine], error) {
-		q := newQuery(`SELECT day, currency, sum(revenue)::bigint, sum(orders)::bigint, sum(units)::bigint
+		q := newQuery(`SELECT day, currency, sum(revenue)::bigint, sum(orders)::bigint, sum(units)::bigint, bool_or(stale)
 			FROM wharf_read.sales`)
 		q.group = "day, currency"
 		if in.From != "" {

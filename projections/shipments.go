@@ -48,21 +48,24 @@ type Shipment struct {
 	Carrier  string          `json:"carrier" doc:"Empty until it is dispatched."`
 	Tracking string          `json:"tracking" doc:"Empty until it is dispatched."`
 	Version  int64           `json:"version"`
+	Stale    bool            `json:"stale,omitempty" doc:"True while events of it could not be applied: this is how it was before them."`
 }
 
-const selectShipments = "SELECT order_id, status, carrier, tracking, version FROM wharf_read.shipments"
+const selectShipments = "SELECT order_id, status, carrier, tracking, version, stale FROM wharf_read.shipments"
 
 func scanShipment(row pgx.Row) (s Shipment, err error) {
-	err = row.Scan(&s.Order, &s.Status, &s.Carrier, &s.Tracking, &s.Version)
+	err = row.Scan(&s.Order, &s.Status, &s.Carrier, &s.Tracking, &s.Version, &s.Stale)
 	return s, err
 }
 
 type shipmentList struct {
+	Consistency
 	Page
 	Status string `query:"status" enum:"created,dispatched,delivered,cancelled" doc:"Only those in this state."`
 }
 
 type shipmentOne struct {
+	Consistency
 	Order OrderID `path:"order"`
 }
 
@@ -70,8 +73,8 @@ type shipmentCursor struct {
 	Order uuid.UUID `json:"shipment"`
 }
 
-func registerShipments(api huma.API, db DB) {
-	huma.Register(api, huma.Operation{
+func registerShipments(api huma.API, db Reads) {
+	read(api, db, Shipments, huma.Operation{
 		OperationID: "list-shipments", Method: http.MethodGet, Path: "/shipments",
 		Summary: "List shipments", Description: "By order id.", Tags: []string{"shipments"},
 	}, func(ctx context.Context, in *shipmentList) (*List[Shipment], error) {
@@ -86,7 +89,7 @@ func registerShipments(api huma.API, db DB) {
 			cursor: func(s Shipment) shipmentCursor { return shipmentCursor{s.Order} },
 		})
 	})
-	huma.Register(api, huma.Operation{
+	read(api, db, Shipments, huma.Operation{
 		OperationID: "get-shipment", Method: http.MethodGet, Path: "/shipments/{order}",
 		Summary: "The shipment of an order", Tags: []string{"shipments"},
 	}, func(ctx context.Context, in *shipmentOne) (*One[Shipment], error) {

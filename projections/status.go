@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net/http"
 	"slices"
+	"sync"
+	"time"
 
 	"github.com/danielgtaylor/huma/v2"
 	"golang.org/x/sync/errgroup"
@@ -15,6 +18,8 @@ import (
 type Lags interface {
 	// Ends is the end offset of every partition of the topics.
 	Ends(ctx context.Context, topics []string) (map[string]map[int32]int64, error)
+	// Oldest is the time of the first record of the partition from the offset on; false if there is none.
+	Oldest(ctx context.Context, topic string, partition int32, offset int64) (time.Time, bool, error)
 	// Policies is how far each service's policies are behind, in records.
 	Policies(ctx context.Context) ([]PolicyLag, error)
 }
@@ -40,11 +45,28 @@ type BuildStatus struct {
 	Name     string           `json:"name"`
 	Build    int64            `json:"build" doc:"Counts up with every build of any read model."`
 	Version  int              `json:"version" doc:"Of the read model's definition."`
-	State    State            `json:"state" enum:"building,live,halted"`
+	State    State            `json:"state" enum:"building,live,halted" doc:"Queries read the live one, also when it is halted."`
 	Position map[string]int64 `json:"position" doc:"How many events of each topic it has seen, in all partitions together."`
 	Lag      int64            `json:"lag" doc:"Events it has not seen yet."`
-	Skipped  int64            `json:"skipped,omitempty" doc:"Records that it could not read and left out."`
-	Error    string           `json:"error,omitempty" doc:"Why it is halted."`
+
+	LagSeconds float64 `json:"lag_seconds" doc:"How old the oldest event is that it has not seen; 0 if there is none."`
+	Rate       float64 `json:"rate" doc:"Events a second, lately."`
+	Parked     int64   `json:"parked" doc:"Events that could not be applied, and that wait for one of those."`
+	Skipped    int64   `json:"skipped,omitempty" doc:"Records that nobody could read, and that were left out."`
+	Error      string  `json:"error,omitempty" doc:"Why it is halted."`
+	LastError  string  `json:"last_error,omitempty" doc:"What went wrong last, and passed; with the time."`
+
+	Previous *PreviousBuild `json:"previous,omitempty" doc:"The build that was live before, as long as a rollback to it is possible."`
+
+	keepUntil *time.Time
+}
+
+// PreviousBuild is the build that was live before: it is kept up to date until it is dropped.
+type PreviousBuild struct {
+	Build     int64     `json:"build"`
+	Version   int       `json:"version"`
+	Lag       int64     `json:"lag"`
+	KeepUntil time.Time `json:"keep_until"`
 }
 
 // Status is how far everything is that runs behind the commands. When no policy has a lag, no live build has one and no
@@ -59,7 +81,7 @@ type Status struct {
 // asked for after the positions.
 func ReadStatus(ctx context.Context, db DB, lags Lags) (Status, error) {
 	s := Status{Items: []BuildStatus{}, Policies: []PolicyLag{}}
-	behind, err := s.readBuilds(ctx, db)
+	places, err := s.readBuilds(ctx, db)
 	if err != nil {
 		return s, fmt.Errorf("read the builds: %w", err)
 	}
@@ -86,33 +108,91 @@ func ReadStatus(ctx context.Context, db DB, lags Lags) (Status, error) {
 	if err := g.Wait(); err != nil {
 		return s, err
 	}
-	for i := range s.Items {
-		s.Items[i].Lag = behind[i](ends)
-	}
-	return s, nil
+	err = s.measure(ctx, places, ends, lags)
+	s.attachPrevious()
+	return s, err
 }
 
-// readBuilds fills in the items but for their lag; for each it returns a function that tells it, given the ends.
-func (s *Status) readBuilds(ctx context.Context, db DB) (behind []func(map[string]map[int32]int64) int64, err error) {
-	rows, err := db.Query(ctx, `SELECT id, model, version, state, topics, partition, offsets, seqs, skipped, error
-		FROM wharf_read.builds ORDER BY model, id, partition`)
+const statePrevious = "previous"
+
+// attachPrevious makes the previous builds part of the live ones' items.
+func (s *Status) attachPrevious() {
+	isPrevious := func(b BuildStatus) bool { return b.State == statePrevious }
+	for _, b := range s.Items {
+		for i := range s.Items {
+			if live := &s.Items[i]; isPrevious(b) && live.Name == b.Name && (live.State == StateLive || live.State == StateHalted) {
+				live.Previous = &PreviousBuild{b.Build, b.Version, b.Lag, b.keepUntil.UTC()}
+			}
+		}
+	}
+	s.Items = slices.DeleteFunc(s.Items, isPrevious)
+}
+
+// place is where a build is in a partition.
+type place struct {
+	topic     string
+	partition int32
+	offset    int64
+}
+
+// measure fills in how far each item is behind, given where it is and where the topics end.
+func (s *Status) measure(ctx context.Context, places [][]place, ends map[string]map[int32]int64, lags Lags) error {
+	var mu sync.Mutex
+	oldest := map[place]time.Time{}
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(8)
+	for i, ps := range places {
+		for _, p := range ps {
+			behind := max(0, ends[p.topic][p.partition]-p.offset)
+			s.Items[i].Lag += behind
+			if _, asked := oldest[p]; behind == 0 || asked {
+				continue
+			}
+			oldest[p] = time.Time{}
+			g.Go(func() error {
+				at, found, err := lags.Oldest(ctx, p.topic, p.partition, p.offset)
+				if err != nil {
+					return fmt.Errorf("find the oldest event that was not seen: %w", err)
+				}
+				if found {
+					mu.Lock()
+					defer mu.Unlock()
+					oldest[p] = at
+				}
+				return nil
+			})
+		}
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	now := time.Now()
+	for i, ps := range places {
+		for _, p := range ps {
+			if at := oldest[p]; !at.IsZero() {
+				s.Items[i].LagSeconds = max(s.Items[i].LagSeconds, math.Round(now.Sub(at).Seconds()*1000)/1000)
+			}
+		}
+	}
+	return nil
+}
+
+// readBuilds fills in the items but for their lag, and says where each is in each partition.
+func (s *Status) readBuilds(ctx context.Context, db DB) (places [][]place, err error) {
+	rows, err := db.Query(ctx, `SELECT id, model, version, state, topics, partition, offsets, seqs, skipped, error, trouble,
+			rate, parked, keep_until
+		FROM wharf_read.builds WHERE state <> 'scratch' ORDER BY model, id, partition`)
 	if err != nil {
 		return nil, err
 	}
 	defer rows.Close()
-	type place struct {
-		topic     string
-		partition int32
-		offset    int64
-	}
-	var places [][]place
 	for rows.Next() {
 		var b BuildStatus
 		var topics []string
 		var partition int32
 		var offsets, seqs []int64
 		err := rows.Scan(&b.Build, &b.Name, &b.Version, &b.State, &topics, &partition, &offsets, &seqs,
-			&b.Skipped, &b.Error)
+			&b.Skipped, &b.Error, &b.LastError, &b.Rate, &b.Parked, &b.keepUntil)
 		if err != nil {
 			return nil, err
 		}
@@ -122,12 +202,15 @@ func (s *Status) readBuilds(ctx context.Context, db DB) (behind []func(map[strin
 		last := len(s.Items) - 1
 		if last < 0 || s.Items[last].Build != b.Build {
 			last++
-			first := b
-			first.Skipped, first.Error, first.Position = 0, "", map[string]int64{}
-			s.Items, places = append(s.Items, first), append(places, nil)
+			s.Items = append(s.Items, BuildStatus{Name: b.Name, Build: b.Build, Version: b.Version, State: b.State,
+				Position: map[string]int64{}, keepUntil: b.keepUntil})
+			places = append(places, nil)
 		}
 		item := &s.Items[last]
 		item.Skipped += b.Skipped
+		item.Parked += b.Parked
+		item.Rate += math.Round(b.Rate*10) / 10
+		item.LastError = max(item.LastError, b.LastError) // which begins with its time
 		if b.Error != "" {
 			item.Error = fmt.Sprintf("partition %d: %s", partition, b.Error)
 			if item.State == StateLive {
@@ -139,15 +222,7 @@ func (s *Status) readBuilds(ctx context.Context, db DB) (behind []func(map[strin
 			places[last] = append(places[last], place{topic, partition, offsets[i]})
 		}
 	}
-	for _, ps := range places {
-		behind = append(behind, func(ends map[string]map[int32]int64) (lag int64) {
-			for _, p := range ps {
-				lag += max(0, ends[p.topic][p.partition]-p.offset)
-			}
-			return lag
-		})
-	}
-	return behind, rows.Err()
+	return places, rows.Err()
 }
 
 // Ready is nil when every read model can be queried.
@@ -179,12 +254,12 @@ type statusAnswer struct {
 	Body Status
 }
 
-func registerStatus(api huma.API, db DB, lags Lags) {
+func registerStatus(api huma.API, r Reads) {
 	huma.Register(api, huma.Operation{
 		OperationID: "get-projections", Method: http.MethodGet, Path: "/projections",
 		Summary: "How far read models and policies are", Tags: []string{"operation"},
 	}, func(ctx context.Context, _ *struct{}) (*statusAnswer, error) {
-		s, err := ReadStatus(ctx, db, lags)
+		s, err := ReadStatus(ctx, r.DB, r.Lags)
 		if err != nil {
 			return nil, err
 		}

@@ -62,18 +62,23 @@ type StockItem struct {
 	Reserved  int64  `json:"reserved"`
 	Shipped   int64  `json:"shipped"`
 	Version   int64  `json:"version"`
+	Stale     bool   `json:"stale,omitempty" doc:"True while events of it could not be applied: this is how it was before them."`
 }
 
-const selectStock = "SELECT sku, received, adjusted, available, reserved, shipped, version FROM wharf_read.stock"
+const selectStock = "SELECT sku, received, adjusted, available, reserved, shipped, version, stale FROM wharf_read.stock"
 
 func scanStock(row pgx.Row) (s StockItem, err error) {
-	err = row.Scan(&s.SKU, &s.Received, &s.Adjusted, &s.Available, &s.Reserved, &s.Shipped, &s.Version)
+	err = row.Scan(&s.SKU, &s.Received, &s.Adjusted, &s.Available, &s.Reserved, &s.Shipped, &s.Version, &s.Stale)
 	return s, err
 }
 
-type stockList struct{ Page }
+type stockList struct {
+	Consistency
+	Page
+}
 
 type stockOne struct {
+	Consistency
 	SKU sku `path:"sku" doc:"As it is spelled, percent-encoded."`
 }
 
@@ -81,8 +86,8 @@ type stockCursor struct {
 	SKU string `json:"sku"`
 }
 
-func registerStock(api huma.API, db DB) {
-	huma.Register(api, huma.Operation{
+func registerStock(api huma.API, db Reads) {
+	read(api, db, Stock, huma.Operation{
 		OperationID: "list-stock", Method: http.MethodGet, Path: "/stock",
 		Summary: "List the stock of every SKU", Description: "By SKU.", Tags: []string{"stock"},
 	}, func(ctx context.Context, in *stockList) (*List[StockItem], error) {
@@ -94,7 +99,7 @@ func registerStock(api huma.API, db DB) {
 			cursor: func(s StockItem) stockCursor { return stockCursor{s.SKU} },
 		})
 	})
-	huma.Register(api, huma.Operation{
+	read(api, db, Stock, huma.Operation{
 		OperationID: "get-stock", Method: http.MethodGet, Path: "/stock/{sku}",
 		Summary: "The stock of one SKU", Tags: []string{"stock"},
 	}, func(ctx context.Context, in *stockOne) (*One[StockItem], error) {

@@ -28,6 +28,7 @@ type demoCmd struct {
 	ReplicationFactor int      `env:"WHARF_REPLICATION_FACTOR" default:"1" help:"Replicas of every partition, with --kafka-brokers."`
 	partitionsFlag
 	deadlineFlag
+	projectionFlags
 	faultFlags
 }
 
@@ -41,6 +42,10 @@ func (c *demoCmd) Run(ctx context.Context) (err error) {
 	}
 	if c.Customers < 0 || c.ReplicationFactor < 1 {
 		return usageError("--customers must not be negative, --replication-factor must be above 0")
+	}
+	config, err := c.config(c.Partitions)
+	if err != nil {
+		return err
 	}
 	faults, err := c.faults()
 	if err != nil {
@@ -115,7 +120,7 @@ func (c *demoCmd) Run(ctx context.Context) (err error) {
 	at.Provider = "http://" + providerListener.Addr().String()
 	ask := provider.NewClient(at.Provider, 5*time.Second)
 	defer ask.Close()
-	projector, err := projectorPart(ctx, client, at.DatabaseURL, c.Partitions)
+	projector, err := projectorPart(ctx, client, at.DatabaseURL, config)
 	if err != nil {
 		return err
 	}
@@ -161,7 +166,7 @@ func (c *demoCmd) Run(ctx context.Context) (err error) {
 		context.AfterFunc(ctx, cancel) // before the shop closes
 		return load.Customers(shopping, "http://"+at.Addr, c.Customers, slog.Default())
 	}})
-	return serve(ctx, l, parts...)
+	return serve(ctx, l, client, parts...)
 }
 
 // welcome says what to try next.
@@ -185,6 +190,7 @@ In another terminal:
   go run ./cmd/wharf load --url %[1]s        # some customers
   go run ./cmd/wharf projections%[3]s        # where the read models stand
   go run ./cmd/wharf replay --all%[3]s       # build them anew from the log, while queries go on
+  go run ./cmd/wharf verify%[3]s             # compare them with the fold of the log, row by row
   go run ./cmd/wharf audit --url %[1]s       # check the invariants
 
 Ctrl-C stops it; the next start goes on from here.

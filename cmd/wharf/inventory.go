@@ -28,7 +28,7 @@ func (c *inventoryCmd) Run(ctx context.Context) error {
 		return err
 	}
 	defer client.Close()
-	return serve(ctx, l, inventoryPart(client, c.Partitions))
+	return serve(ctx, l, client, inventoryPart(client, c.Partitions))
 }
 
 func inventoryPart(client *kafka.Client, partitions int) part {

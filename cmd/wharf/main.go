@@ -31,7 +31,10 @@ type cli struct {
 	PaymentProvider paymentProviderCmd `cmd:"" group:"Services" help:"Run the stand-in for an external payment provider."`
 
 	Topics      topicsCmd      `cmd:"" group:"Operations" help:"Create and check the topics."`
-	Replay      replayCmd      `cmd:"" group:"Operations" help:"Build read models anew from the log and swap them in."`
+	Replay      replayCmd      `cmd:"" group:"Operations" help:"Build read models anew from the log, compare them with the live ones, and swap them in; or roll back."`
+	Verify      verifyCmd      `cmd:"" group:"Operations" help:"Compare the live read models with the fold of the log, row by row; exit 1 when one differs."`
+	Project     projectCmd     `cmd:"" group:"Operations" help:"Print a row of a read model as it was at a time or a position."`
+	Parked      parkedCmd      `cmd:"" group:"Operations" help:"See, retry or give up events that could not be applied to a read model."`
 	Projections projectionsCmd `cmd:"" group:"Operations" help:"Show where the read models stand."`
 	Health      healthCmd      `cmd:"" group:"Operations" help:"Ask a program's /readyz; exit 1 when it is not ready."`
 	Audit       auditCmd       `cmd:"" group:"Operations" help:"Check the invariants of a running shop over HTTP; exit 1 when one is broken."`

@@ -37,7 +37,7 @@ func (c *ordersCmd) Run(ctx context.Context) error {
 		return err
 	}
 	defer client.Close()
-	return serve(ctx, l, ordersPart(client, c.Partitions, c.OrderDeadline))
+	return serve(ctx, l, client, ordersPart(client, c.Partitions, c.OrderDeadline))
 }
 
 func ordersPart(client *kafka.Client, partitions int, deadline time.Duration) part {

@@ -37,7 +37,7 @@ func (c *paymentsCmd) Run(ctx context.Context) error {
 	defer client.Close()
 	p := provider.NewClient(baseURL(c.ProviderURL), c.ProviderTimeout)
 	defer p.Close()
-	return serve(ctx, l, paymentsPart(client, c.Partitions, p))
+	return serve(ctx, l, client, paymentsPart(client, c.Partitions, p))
 }
 
 func paymentsPart(client *kafka.Client, partitions int, p *provider.Client) part {

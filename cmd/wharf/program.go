@@ -20,6 +20,7 @@ import (
 	"wharf/infra/kafka"
 	"wharf/infra/policies"
 	"wharf/infra/web"
+	"wharf/projections"
 )
 
 // services are the four, in the order of their dependence on each other's events.
@@ -61,7 +62,11 @@ type part struct {
 
 // serve runs the parts and serves their routes on the listener, until ctx ends. Then requests are drained first, and
 // the parts stopped after that: a command under way gets its answer.
-func serve(ctx context.Context, l net.Listener, parts ...part) error {
+func serve(ctx context.Context, l net.Listener, client *kafka.Client, parts ...part) error {
+	installation, err := client.Installation(ctx, projections.Topics)
+	if err != nil {
+		return err
+	}
 	document, err := web.Document(allRoutes)
 	if err != nil {
 		return fmt.Errorf("make the OpenAPI document: %w", err)
@@ -87,7 +92,7 @@ func serve(ctx context.Context, l net.Listener, parts ...part) error {
 		defer cancel()
 		context.AfterFunc(life, cancel) // a part has failed
 		slog.Info("serving", "addr", l.Addr().String())
-		err := web.Serve(serving, l, web.Handler(mux, document, func() error {
+		err := web.Serve(serving, l, web.Handler(mux, document, web.Installation(installation), func() error {
 			if ctx.Err() != nil {
 				return errors.New("shutting down")
 			}

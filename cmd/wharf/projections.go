@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"wharf/infra/embedded"
 	"wharf/infra/kafka"
@@ -39,6 +40,36 @@ func (f *storesFlag) resolve() error {
 	}
 	return nil
 }
+
+// withEngine calls f with the projection engine of these stores.
+func (f *storesFlag) withEngine(ctx context.Context, name string, keep time.Duration, do func(*kafka.Client, *postgres.Engine) error) error {
+	if err := f.resolve(); err != nil {
+		return err
+	}
+	client, err := kafka.Connect(ctx, kafka.Config{Brokers: f.KafkaBrokers, ClientID: name})
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	partitions, err := client.Partitions(ctx, projections.OrdersTopic)
+	if err != nil {
+		return err
+	}
+	opening, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	engine, closePool, err := openEngine(opening, client, f.DatabaseURL, postgres.Config{Partitions: partitions, Keep: keep})
+	if err != nil {
+		return err
+	}
+	defer closePool()
+	if err := engine.Check(ctx); err != nil {
+		return err
+	}
+	return do(client, engine)
+}
+
+// openTimeout is how long an operation waits for the database.
+const openTimeout = 15 * time.Second
 
 type projectionsCmd struct {
 	storesFlag
@@ -72,15 +103,25 @@ func (c *projectionsCmd) Run(ctx context.Context) error {
 		return printJSON(status)
 	}
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "READ MODEL\tBUILD\tVERSION\tSTATE\tLAG\tEVENTS SEEN")
+	fmt.Fprintln(w, "READ MODEL\tBUILD\tVERSION\tSTATE\tLAG\tSECONDS\tRATE/S\tPARKED\tPREVIOUS\tEVENTS SEEN")
 	for _, b := range status.Items {
 		var seen []string
 		for _, topic := range slices.Sorted(maps.Keys(b.Position)) {
 			seen = append(seen, fmt.Sprintf("%s %d", strings.TrimSuffix(topic, ".events"), b.Position[topic]))
 		}
-		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%d\t%s\n", b.Name, b.Build, b.Version, b.State, b.Lag, strings.Join(seen, ", "))
+		before := "-"
+		if p := b.Previous; p != nil {
+			before = fmt.Sprintf("build %d, lag %d, until %s", p.Build, p.Lag, p.KeepUntil.Format("15:04:05"))
+		}
+		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%d\t%.1f\t%.0f\t%d\t%s\t%s\n", b.Name, b.Build, b.Version, b.State, b.Lag, b.LagSeconds,
+			b.Rate, b.Parked, before, strings.Join(seen, ", "))
+	}
+	for _, b := range status.Items {
 		if b.Error != "" {
-			fmt.Fprintf(w, "\t\t\t%s\n", b.Error)
+			fmt.Fprintf(w, "\n%s is halted: %s\n", b.Name, b.Error)
+		}
+		if b.LastError != "" {
+			fmt.Fprintf(w, "\n%s had trouble, last at %s\n", b.Name, b.LastError)
 		}
 	}
 	fmt.Fprintln(w, "\nPOLICIES OF\tLAG")

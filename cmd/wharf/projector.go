@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -18,10 +19,33 @@ type projectorCmd struct {
 	databaseFlag
 	partitionsFlag
 	addrFlag
+	projectionFlags
+}
+
+// projectionFlags say how read models are kept.
+type projectionFlags struct {
+	VerifyEvery time.Duration `env:"WHARF_VERIFY_EVERY" default:"6h" help:"How often all read models are compared with the fold of the log in the background; 0 for never."`
+	VerifyRate  int           `env:"WHARF_VERIFY_RATE" default:"20000" help:"Events a second that such a comparison reads at most."`
+	keepFlag
+}
+
+// config is the engine's, checked.
+func (f projectionFlags) config(partitions int) (c postgres.Config, err error) {
+	if err := positive("--keep-builds", f.KeepBuilds); err != nil {
+		return c, err
+	}
+	if f.VerifyEvery < 0 || f.VerifyRate < 1 {
+		return c, usageError("--verify-every must not be negative, --verify-rate must be above 0")
+	}
+	return postgres.Config{Partitions: partitions, Keep: f.KeepBuilds, Verify: f.VerifyEvery, Pace: f.VerifyRate}, nil
 }
 
 // Run implements the subcommand.
 func (c *projectorCmd) Run(ctx context.Context) error {
+	config, err := c.config(c.Partitions)
+	if err != nil {
+		return err
+	}
 	l, err := listen(c.Addr)
 	if err != nil {
 		return err
@@ -31,17 +55,17 @@ func (c *projectorCmd) Run(ctx context.Context) error {
 		return err
 	}
 	defer client.Close()
-	p, err := projectorPart(ctx, client, c.DatabaseURL, c.Partitions)
+	p, err := projectorPart(ctx, client, c.DatabaseURL, config)
 	if err != nil {
 		return err
 	}
-	return serve(ctx, l, p)
+	return serve(ctx, l, client, p)
 }
 
 // projectorPart runs all read models in the partitions that the group gives it. The group only shares the work out;
 // how far each task is stands in the database. It refuses to run on topics that could lose events.
-func projectorPart(ctx context.Context, client *kafka.Client, url string, partitions int) (part, error) {
-	engine, closePool, err := openEngine(ctx, client, url, partitions)
+func projectorPart(ctx context.Context, client *kafka.Client, url string, config postgres.Config) (part, error) {
+	engine, closePool, err := openEngine(ctx, client, url, config)
 	if err != nil {
 		return part{}, err
 	}
@@ -54,7 +78,7 @@ func projectorPart(ctx context.Context, client *kafka.Client, url string, partit
 			defer closePool()
 			specs := make([]kafka.TopicSpec, len(projections.Topics))
 			for i, topic := range projections.Topics {
-				specs[i] = kafka.TopicSpec{Name: topic, Partitions: int32(partitions)}
+				specs[i] = kafka.TopicSpec{Name: topic, Partitions: int32(config.Partitions)}
 			}
 			if err := client.CheckTopics(ctx, specs); err != nil {
 				return fmt.Errorf("check the topics of the projector: %w", err)
@@ -72,7 +96,8 @@ func projectorPart(ctx context.Context, client *kafka.Client, url string, partit
 	}, nil
 }
 
-func openEngine(ctx context.Context, client *kafka.Client, url string, partitions int) (*postgres.Engine, func(), error) {
+// openEngine is the projection engine on the client's topics.
+func openEngine(ctx context.Context, client *kafka.Client, url string, config postgres.Config) (*postgres.Engine, func(), error) {
 	if url == "" {
 		return nil, nil, errors.New("no database URL")
 	}
@@ -80,8 +105,6 @@ func openEngine(ctx context.Context, client *kafka.Client, url string, partition
 	if err != nil {
 		return nil, nil, fmt.Errorf("open the read models: %w", err)
 	}
-	engine := postgres.New(pool, postgres.Config{
-		Source: func(topic string) journal.Reader { return client.Reader(topic) }, Partitions: partitions,
-	})
-	return engine, pool.Close, nil
+	config.Source = func(topic string) journal.Reader { return client.Reader(topic) }
+	return postgres.New(pool, config), pool.Close, nil
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -14,6 +15,7 @@ import (
 	ordersapi "wharf/commands/orders"
 	paymentsapi "wharf/commands/payments"
 	shippingapi "wharf/commands/shipping"
+	"wharf/infra/journal"
 	"wharf/infra/kafka"
 	"wharf/infra/policies"
 	"wharf/infra/postgres"
@@ -42,7 +44,7 @@ func (c *queryCmd) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return serve(ctx, l, q)
+	return serve(ctx, l, client, q)
 }
 
 // queryPart serves the read models. It can read their views and do nothing else.
@@ -52,7 +54,9 @@ func queryPart(ctx context.Context, client *kafka.Client, url string, partitions
 		return part{}, err
 	}
 	return part{
-		register: func(api huma.API) { projections.Register(api, pool, lags{client, partitions}) },
+		register: func(api huma.API) {
+			projections.Register(api, projections.Reads{DB: pool, Positions: postgres.NewPositions(pool), Lags: lags{client, partitions}})
+		},
 		run: func(ctx context.Context) error {
 			<-ctx.Done()
 			pool.Close()
@@ -94,6 +98,20 @@ func (l lags) Ends(ctx context.Context, topics []string) (map[string]map[int32]i
 	return ends, group.Wait()
 }
 
+func (l lags) Oldest(ctx context.Context, topic string, partition int32, offset int64) (at time.Time, found bool, err error) {
+	errFound := errors.New("found")
+	err = l.client.Reader(topic).Read(ctx, partition, offset, func(b journal.Batch) error {
+		if len(b.Records) > 0 {
+			at, found = b.Records[0].Time, true
+		}
+		return errFound
+	})
+	if errors.Is(err, errFound) {
+		return at, found, nil
+	}
+	return at, false, kafkaAway(err)
+}
+
 func (l lags) Policies(ctx context.Context) ([]projections.PolicyLag, error) {
 	all := make([]projections.PolicyLag, len(services))
 	group, ctx := errgroup.WithContext(ctx)
@@ -119,5 +137,5 @@ func allRoutes(api huma.API) {
 	inventoryapi.Register(api, inventoryapi.Service{})
 	paymentsapi.Register(api, paymentsapi.Service{})
 	shippingapi.Register(api, shippingapi.Service{})
-	projections.Register(api, nil, nil)
+	projections.Register(api, projections.Reads{})
 }

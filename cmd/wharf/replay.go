@@ -2,9 +2,10 @@ package main
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
-	"slices"
 	"sync/atomic"
 	"time"
 
@@ -19,8 +20,24 @@ import (
 type replayCmd struct {
 	Models []string `arg:"" optional:"" help:"Read models to build anew."`
 	All    bool     `help:"Build all of them anew."`
-	JSON   bool     `help:"Print the new builds as JSON."`
+
+	Rollback bool `help:"Make the previous build of the read models the live one again, instead of building anything."`
+	DryRun   bool `help:"Say what would be read and written, and do nothing."`
+	NoSwap   bool `help:"Leave the new build beside the live one, to be looked at."`
+	Force    bool `help:"Swap the new build in although its rows differ from the live ones; the difference is shown."`
+
+	FromPosition string `placeholder:"WHEN" help:"Build only of what came from there on: a position such as orders.events/3/17, or a time. Never swapped in."`
+	Until        string `placeholder:"WHEN" help:"Build only of what had happened by then: a position or a time. Never swapped in."`
+	Key          string `help:"Build only the row of this key. Never swapped in."`
+
+	JSON bool `help:"Tell the progress on stderr and the result on stdout as JSON."`
+	keepFlag
 	storesFlag
+}
+
+// keepFlag is how long builds that are not live are kept.
+type keepFlag struct {
+	KeepBuilds time.Duration `env:"WHARF_KEEP_BUILDS" default:"1h" help:"How long the previous build of a read model is kept up to date for a rollback, and a build for inspection is kept."`
 }
 
 // Run implements the subcommand.
@@ -28,80 +45,197 @@ func (c *replayCmd) Run(ctx context.Context) error {
 	if c.All == (len(c.Models) > 0) {
 		return usageError("name read models, or say --all")
 	}
-	if c.All {
-		for _, m := range projections.All {
-			c.Models = append(c.Models, m.Name)
-		}
-	}
-	models := c.Models
-	c.Models = nil
-	for _, m := range projections.All {
-		if slices.Contains(models, m.Name) {
-			c.Models = append(c.Models, m.Name)
-			models = slices.DeleteFunc(models, func(name string) bool { return name == m.Name })
-		}
-	}
-	if len(models) > 0 {
-		return usageError(fmt.Sprintf("there is no read model %q; wharf projections lists them", models[0]))
-	}
-	if err := c.resolve(); err != nil {
+	if err := positive("--keep-builds", c.KeepBuilds); err != nil {
 		return err
 	}
-	client, err := kafka.Connect(ctx, kafka.Config{Brokers: c.KafkaBrokers, ClientID: "wharf-replay"})
+	models, err := modelsOf(c.Models)
 	if err != nil {
 		return err
 	}
-	defer client.Close()
-	partitions, err := client.Partitions(ctx, projections.OrdersTopic)
+	part, err := c.part()
 	if err != nil {
 		return err
 	}
-	engine, closePool, err := openEngine(ctx, client, c.DatabaseURL, partitions)
-	if err != nil {
-		return err
-	}
-	defer closePool()
-
-	show, wait := lines(), func() {}
-	if stderr, err := os.Stderr.Stat(); err == nil && stderr.Mode()&os.ModeCharDevice != 0 {
-		show, wait = bars()
-	}
-	fresh := []newBuild{}
-	err = engine.Replay(ctx, c.Models, postgres.ReplayOptions{}, func(p postgres.Progress) {
-		show(p)
-		if p.Phase == postgres.PhaseDone {
-			fresh = append(fresh, newBuild{p.Model, p.Build, p.Done})
+	inspect := part != postgres.Part{}
+	ways := 0
+	for _, way := range []bool{c.Rollback, c.DryRun, c.NoSwap || c.Force, inspect} {
+		if way {
+			ways++
 		}
+	}
+	if ways > 1 || c.NoSwap && c.Force {
+		return usageError("only one of --rollback, --dry-run, --no-swap, --force, and a part of what happened can be asked for")
+	}
+	return c.withEngine(ctx, "wharf-replay", c.KeepBuilds, func(_ *kafka.Client, engine *postgres.Engine) error {
+		if c.DryRun {
+			return c.dryRun(ctx, engine, models)
+		}
+		show, wait := c.progress()
+		results := []replayed{}
+		tell := func(p postgres.Progress) {
+			show(p)
+			if p.Phase == postgres.PhaseDone {
+				results = append(results, resultOf(p))
+			}
+		}
+		var err error
+		for _, name := range models {
+			switch {
+			case c.Rollback:
+				err = engine.Rollback(ctx, name, tell)
+			case inspect:
+				err = engine.Inspect(ctx, name, part, tell)
+			default:
+				err = engine.Replay(ctx, []string{name}, postgres.ReplayOptions{NoSwap: c.NoSwap, Force: c.Force}, tell)
+			}
+			if err != nil {
+				break
+			}
+		}
+		wait()
+		if c.JSON {
+			return errors.Join(err, printJSON(map[string]any{"items": results}))
+		}
+		for _, r := range results {
+			fmt.Println(c.sentence(r))
+		}
+		return err
 	})
-	wait()
+}
+
+// modelsOf checks the names, and puts them in the order in which the read models are listed. No name means all.
+func modelsOf(names []string) (models []string, err error) {
+	wanted := map[string]bool{}
+	for _, name := range names {
+		if _, err := projections.Find(projections.All, name); err != nil {
+			return nil, usageError(err.Error())
+		}
+		wanted[name] = true
+	}
+	for _, m := range projections.All {
+		if wanted[m.Name] || len(names) == 0 {
+			models = append(models, m.Name)
+		}
+	}
+	return models, nil
+}
+
+// part is which part of what happened is asked for.
+func (c *replayCmd) part() (part postgres.Part, err error) {
+	part.Key = c.Key
+	if part.From, err = momentOf("--from-position", c.FromPosition); err == nil {
+		part.Until, err = momentOf("--until", c.Until)
+	}
+	return part, err
+}
+
+func momentOf(flag, s string) (*postgres.Moment, error) {
+	if s == "" {
+		return nil, nil
+	}
+	m, err := postgres.ParseMoment(s)
+	if err != nil {
+		return nil, usageError(flag + ": " + err.Error())
+	}
+	return &m, nil
+}
+
+// replayed is what became of one read model.
+type replayed struct {
+	Name       string               `json:"name"`
+	Build      int64                `json:"build"`
+	Events     int64                `json:"events"`
+	Table      string               `json:"table"`
+	Comparison *postgres.Comparison `json:"comparison,omitempty"`
+
+	rows int64
+}
+
+func resultOf(p postgres.Progress) replayed {
+	return replayed{p.Model, p.Build, p.Done, p.Table, p.Comparison, p.Rows}
+}
+
+func (c *replayCmd) sentence(r replayed) string {
+	switch {
+	case c.Rollback:
+		return fmt.Sprintf("%s is build %d again; the one that was live is kept, and --rollback brings it back", r.Name, r.Build)
+	case r.Comparison == nil:
+		return fmt.Sprintf("%s: %d rows in the table %s, which is dropped after %s", r.Name, r.rows, r.Table, c.KeepBuilds)
+	}
+	text := fmt.Sprintf("%s is build %d now, made of %d events", r.Name, r.Build, r.Events)
+	if c.NoSwap {
+		text = fmt.Sprintf("%s: build %d was made of %d events and not swapped in: it is the table %s, which is dropped after %s",
+			r.Name, r.Build, r.Events, r.Table, c.KeepBuilds)
+	}
+	if r.Comparison.Differences() > 0 {
+		return text + "\nIt differs from the one that was live. " + r.Comparison.String()
+	}
+	return text + fmt.Sprintf("; its %d rows are those of the live build (hash %s)", r.Comparison.Rows, r.Comparison.Hash)
+}
+
+// dryRun says what a replay would read and write.
+func (c *replayCmd) dryRun(ctx context.Context, engine *postgres.Engine, models []string) error {
+	plans, err := engine.Plan(ctx, models)
 	if err != nil {
 		return err
 	}
 	if c.JSON {
-		return printJSON(map[string]any{"items": fresh})
+		return printJSON(map[string]any{"items": plans})
 	}
-	for _, b := range fresh {
-		fmt.Printf("%s is build %d now, made of %d events\n", b.Name, b.Build, b.Events)
+	for _, p := range plans {
+		fmt.Printf("%s: would read %d events of %v, and write about %d rows (%d MiB with indexes) beside build %d, version %d\n",
+			p.Model, p.Events, p.Topics, p.Rows, p.Bytes>>20, p.Build, p.Version)
 	}
 	return nil
 }
 
-type newBuild struct {
-	Name   string `json:"name"`
-	Build  int64  `json:"build"`
-	Events int64  `json:"events"`
+// progress shows how far a replay is: as JSON, bars on a terminal, or lines.
+func (c *replayCmd) progress() (show func(postgres.Progress), wait func()) {
+	if c.JSON {
+		return paced(time.Second, func(p postgres.Progress, rate float64, left time.Duration) {
+			_ = json.NewEncoder(os.Stderr).Encode(struct {
+				Model          string  `json:"model"`
+				Build          int64   `json:"build"`
+				Phase          string  `json:"phase"`
+				Events         int64   `json:"events"`
+				Total          int64   `json:"total"`
+				Partitions     int     `json:"partitions"`
+				PartitionsDone int     `json:"partitions_done"`
+				Rate           float64 `json:"rate"`
+				ETA            float64 `json:"eta_seconds"`
+			}{p.Model, p.Build, string(p.Phase), p.Done, p.Total, p.Partitions, p.PartitionsDone, float64(int64(rate)), left.Seconds()})
+		}), func() {}
+	}
+	if stderr, err := os.Stderr.Stat(); err == nil && stderr.Mode()&os.ModeCharDevice != 0 {
+		return bars()
+	}
+	return paced(2*time.Second, func(p postgres.Progress, rate float64, left time.Duration) {
+		line := fmt.Sprintf("%s: %s, %d of %d events", p.Model, p.Phase, p.Done, p.Total)
+		if p.Phase == postgres.PhaseReading {
+			line += fmt.Sprintf(", %d of %d partitions, %.0f events/s, %s left", p.PartitionsDone, p.Partitions, rate, left)
+		}
+		fmt.Fprintln(os.Stderr, line)
+	}), func() {}
 }
 
-// lines tells the progress to a log: a line for each phase, and one now and then.
-func lines() func(postgres.Progress) {
+// paced tells each phase, and how far it is now and then.
+func paced(every time.Duration, tell func(p postgres.Progress, rate float64, left time.Duration)) func(postgres.Progress) {
 	var last postgres.Progress
-	var at time.Time
+	var began, at time.Time
 	return func(p postgres.Progress) {
-		if p.Model == last.Model && p.Phase == last.Phase && time.Since(at) < 2*time.Second {
+		if p.Model != last.Model {
+			began = time.Now()
+		}
+		if p.Model == last.Model && p.Phase == last.Phase && time.Since(at) < every {
 			return
 		}
 		last, at = p, time.Now()
-		fmt.Fprintf(os.Stderr, "%s: %s, %d of %d events\n", p.Model, p.Phase, p.Done, p.Total)
+		rate := float64(p.Done) / max(time.Since(began).Seconds(), 0.001)
+		left := time.Duration(0)
+		if rate > 0 && p.Phase == postgres.PhaseReading {
+			left = time.Duration(float64(p.Total-p.Done) / rate * float64(time.Second)).Round(100 * time.Millisecond)
+		}
+		tell(p, rate, left)
 	}
 }
 
@@ -109,7 +243,7 @@ func lines() func(postgres.Progress) {
 func bars() (show func(postgres.Progress), wait func()) {
 	type bar struct {
 		*mpb.Bar
-		phase atomic.Value // string
+		state atomic.Value // string
 	}
 	progress := mpb.New(mpb.WithOutput(os.Stderr), mpb.WithWidth(64))
 	all := map[string]*bar{}
@@ -117,15 +251,14 @@ func bars() (show func(postgres.Progress), wait func()) {
 		b := all[p.Model]
 		if b == nil {
 			b = &bar{}
-			b.phase.Store("")
+			b.state.Store("")
 			b.Bar = progress.AddBar(max(p.Total, 1),
 				mpb.PrependDecorators(decor.Name(p.Model, decor.WCSyncSpaceR)),
-				mpb.AppendDecorators(decor.CountersNoUnit("%d of %d"), decor.Any(func(decor.Statistics) string {
-					return " " + b.phase.Load().(string)
-				})))
+				mpb.AppendDecorators(decor.CountersNoUnit("%d of %d"), decor.AverageSpeed(0, " %.0f/s"), decor.Name(" "),
+					decor.AverageETA(decor.ET_STYLE_GO), decor.Any(func(decor.Statistics) string { return b.state.Load().(string) })))
 			all[p.Model] = b
 		}
-		b.phase.Store(string(p.Phase))
+		b.state.Store(fmt.Sprintf(" %s, %d/%d partitions", p.Phase, p.PartitionsDone, p.Partitions))
 		b.SetTotal(max(p.Total, p.Done, 1), p.Phase == postgres.PhaseDone)
 		b.SetCurrent(p.Done)
 	}

@@ -28,7 +28,7 @@ func (c *shippingCmd) Run(ctx context.Context) error {
 		return err
 	}
 	defer client.Close()
-	return serve(ctx, l, shippingPart(client, c.Partitions))
+	return serve(ctx, l, client, shippingPart(client, c.Partitions))
 }
 
 func shippingPart(client *kafka.Client, partitions int) part {

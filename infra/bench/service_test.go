@@ -234,7 +234,7 @@ func ordersHTTPRun(t *testing.T, b broker, c client) stat {
 	}
 	mux := http.NewServeMux()
 	register(web.NewAPI(mux))
-	return serveFor(t, web.Handler(mux, document, j.Ready), c)
+	return serveFor(t, web.Handler(mux, document, "bench", j.Ready), c)
 }
 
 // watched is a log that tells when the reader of each partition is through with what there was.

@@ -8,6 +8,7 @@ import (
 	"math"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/IBM/sarama"
@@ -303,6 +304,43 @@ func (c *Client) admin(ctx context.Context, f func(sarama.ClusterAdmin) error) e
 		}
 		return f(a) // a has nothing to close but the client
 	})
+}
+
+// Installation names the topics as they are now: the name changes when one of them is made anew, where the cluster gives
+// topics ids. It is an error when one of them does not exist; brokers that are away are waited for, as Connect does.
+func (c *Client) Installation(ctx context.Context, topics []string) (name string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.ConnectTimeout)
+	defer cancel()
+	for retry := (backoff{}); ; {
+		name, err = c.identify(ctx, topics)
+		if err == nil || errors.Is(err, sarama.ErrUnknownTopicOrPartition) || !retry.sleep(ctx) {
+			break
+		}
+	}
+	if err != nil {
+		return "", fmt.Errorf("identify the topics: %w", err)
+	}
+	return name, nil
+}
+
+func (c *Client) identify(ctx context.Context, topics []string) (name string, err error) {
+	err = c.admin(ctx, func(a sarama.ClusterAdmin) error {
+		found, err := a.DescribeTopics(topics)
+		if err != nil {
+			return err
+		}
+		ids := make([]string, len(found))
+		for i, t := range found {
+			if t.Err != sarama.ErrNoError {
+				return fmt.Errorf("topic %s: %w (wharf topics creates topics)", t.Name, t.Err)
+			}
+			ids[i] = t.Name + "=" + t.Uuid.String()
+		}
+		slices.Sort(ids)
+		name = strings.Join(ids, ",")
+		return nil
+	})
+	return name, err
 }
 
 // Partitions is how many partitions the topic has.

@@ -91,6 +91,42 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 	return &Engine{Config: c, pool: pool, bulk: bulkLimits, kept: map[role]*keptBuild{}, changed: make(chan struct{})}
 }
 
+// oldest is the oldest Postgres that will do, as server_version_num counts.
+const oldest = 15_00_00
+
+// Check says what is wrong with the database for an operation on read models that are there: it is too old, read-only, or
+// no projector has set it up yet.
+func (e *Engine) Check(ctx context.Context) error {
+	if err := writable(ctx, e.pool); err != nil {
+		return err
+	}
+	var there bool
+	if err := e.pool.QueryRow(ctx, "SELECT to_regclass('wharf.parked') IS NOT NULL").Scan(&there); err != nil {
+		return fmt.Errorf("look at the database: %w", err)
+	}
+	if !there {
+		return errors.New("the database holds no read models of this version of Wharf: start a projector first")
+	}
+	return nil
+}
+
+// writable says what is wrong with the database, if it cannot hold read models.
+func writable(ctx context.Context, db projections.DB) error {
+	var version int
+	var readOnly bool
+	err := db.QueryRow(ctx, `SELECT current_setting('server_version_num')::int,
+		pg_is_in_recovery() OR current_setting('default_transaction_read_only')::bool`).Scan(&version, &readOnly)
+	switch {
+	case err != nil:
+		return fmt.Errorf("look at the database: %w", err)
+	case version < oldest:
+		return fmt.Errorf("the database is Postgres %d, and 15 or newer is needed: upgrade it", version/10_000)
+	case readOnly:
+		return errors.New("the database is read-only (a standby?): use the primary")
+	}
+	return nil
+}
+
 // Setup makes the engine's tables, the role of the query service, and a first, empty build of every read model that has
 // none: it is live at once, so that queries can be answered. It may be called at any time, by several at once.
 func (e *Engine) Setup(ctx context.Context) error {
@@ -106,6 +142,9 @@ func (e *Engine) Setup(ctx context.Context) error {
 }
 
 func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
+	if err := writable(ctx, conn); err != nil {
+		return err
+	}
 	if _, err := conn.Exec(ctx, "SELECT pg_advisory_lock($1, $2)", lockClass, setupLock); err != nil {
 		return err
 	}

@@ -44,7 +44,7 @@ func newAPI(t *testing.T, s *shop) api {
 	mux := http.NewServeMux()
 	config := huma.DefaultConfig("test", "1")
 	config.CreateHooks = nil
-	projections.Register(humago.New(mux, config), query, testLags{s})
+	projections.Register(humago.New(mux, config), projections.Reads{DB: query, Positions: NewPositions(query), Lags: testLags{s}})
 	return api{t, mux}
 }
 
@@ -177,7 +177,7 @@ func TestTheAnswersOfAPaymentAndItsParts(t *testing.T) {
 	}
 	status := a.body("/projections")
 	for _, want := range []string{`"policies":[{"service":"orders","lag":3}],"open_intents":1`,
-		`"state":"live","position":{"inventory.events":2},"lag":0}`} {
+		`"state":"live","position":{"inventory.events":2},"lag":0,`} {
 		if !strings.Contains(status, want) {
 			t.Errorf("the status lacks %s: %s", want, status)
 		}

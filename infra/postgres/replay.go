@@ -49,6 +49,7 @@ type Progress struct {
 
 	Comparison *Comparison // with the live build, once there is one
 	Table      string      // of the new build, in the last phase
+	Rows       int64       // in it, of a part that is for inspection
 }
 
 const (
@@ -129,6 +130,50 @@ func (e *Engine) replay(ctx context.Context, m projections.Model, o ReplayOption
 	}
 	r.tell(PhaseDone)
 	return nil
+}
+
+// Plan is what a replay of a read model would read and write.
+type Plan struct {
+	Model   string   `json:"name"`
+	Build   int64    `json:"build"` // the live one
+	Version int      `json:"version"`
+	Topics  []string `json:"topics"`
+	Events  int64    `json:"events"` // to read
+	Rows    int64    `json:"rows"`   // to write, about: as many as there are
+	Bytes   int64    `json:"bytes"`  // with indexes
+}
+
+// Plan says what a replay would read and write. It changes nothing.
+func (e *Engine) Plan(ctx context.Context, names []string) (plans []Plan, err error) {
+	models, err := e.models(names)
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range models {
+		r := &replay{e: e, model: m}
+		old, until, err := r.livePositions(ctx, e.pool, "")
+		if err == nil {
+			err = r.ends(ctx, until, func(int64) bool { return true })
+		}
+		p := Plan{Model: m.Name, Build: old.id, Version: old.version, Topics: m.Topics}
+		if err == nil {
+			rows, bad := e.pool.Query(ctx, `SELECT greatest(coalesce(s.n_live_tup, 0), c.reltuples, 0)::bigint, pg_total_relation_size(c.oid)
+				FROM pg_class c LEFT JOIN pg_stat_user_tables s ON s.relid = c.oid WHERE c.oid = to_regclass($1)`, old.table())
+			if err = bad; err == nil {
+				_, err = pgx.ForEachRow(rows, []any{&p.Rows, &p.Bytes}, func() error { return nil })
+			}
+		}
+		if err != nil {
+			return nil, fmt.Errorf("plan a replay of %s: %w", m.Name, err)
+		}
+		for _, offsets := range until {
+			for _, offset := range offsets {
+				p.Events += offset
+			}
+		}
+		plans = append(plans, p)
+	}
+	return plans, nil
 }
 
 // Rollback makes the previous build of the read model the live one again, and the live one the previous one. It is
@@ -416,7 +461,7 @@ func (r *replay) keepAside(ctx context.Context) error {
 // livePositions says where the live build's tasks are, in the new build's order of topics; -1 for a topic that it does
 // not listen to.
 func (r *replay) livePositions(ctx context.Context, tx querier, lock string) (old build, until [][]int64, err error) {
-	until = make([][]int64, len(r.tasks))
+	until = make([][]int64, r.e.Partitions)
 	for p := range until {
 		until[p] = slices.Repeat([]int64{-1}, len(r.model.Topics))
 	}

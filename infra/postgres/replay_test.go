@@ -416,6 +416,17 @@ func (l testLags) Ends(ctx context.Context, topics []string) (map[string]map[int
 	return ends, nil
 }
 
+func (l testLags) Oldest(ctx context.Context, topic string, p int32, from int64) (at time.Time, found bool, err error) {
+	err = l.s.reader(topic).Read(ctx, p, from, func(b journal.Batch) error {
+		at, found = b.Records[0].Time, true
+		return errEnough
+	})
+	if errors.Is(err, errEnough) {
+		err = nil
+	}
+	return at, found, err
+}
+
 func (testLags) Policies(context.Context) ([]projections.PolicyLag, error) {
 	return []projections.PolicyLag{{Service: "orders", Lag: 3}}, nil
 }

@@ -16,6 +16,7 @@ import (
 
 	"wharf/commands"
 	"wharf/domain"
+	"wharf/projections"
 )
 
 // Problem is the one shape of every error: RFC 9457. It names fields, and never repeats a value that was sent.
@@ -86,6 +87,12 @@ func problemOf(err error) *Problem {
 	if errors.As(err, &refusal) {
 		p := newProblem(http.StatusConflict, refusal.Code)
 		p.Detail = refusal.Error()
+		return p
+	}
+	var behind *projections.BehindError
+	if errors.As(err, &behind) {
+		p := newProblem(http.StatusServiceUnavailable, "behind")
+		p.Detail = behind.Error()
 		return p
 	}
 	if unreachable(err) {

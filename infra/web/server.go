@@ -16,6 +16,7 @@ import (
 	"path"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -40,8 +41,8 @@ var requestSeconds = promauto.NewHistogramVec(prometheus.HistogramOpts{
 }, []string{"route", "status"})
 
 // Handler is everything around the routes of the mux: /livez, /readyz (ready is nil, or says what is missing),
-// /metrics, /openapi.json, limits, time-outs, ETags, problems for unknown routes, panics, traces.
-func Handler(mux *http.ServeMux, document []byte, ready func() error) http.Handler {
+// /metrics, /openapi.json, limits, time-outs, ETags, tokens, problems for unknown routes, panics, traces.
+func Handler(mux *http.ServeMux, document []byte, of Installation, ready func() error) http.Handler {
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "alive") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		if err := ready(); err != nil {
@@ -85,11 +86,15 @@ func Handler(mux *http.ServeMux, document []byte, ready func() error) http.Handl
 			writeProblem(w, p)
 			return
 		}
+		if p := of.openToken(r); p != nil {
+			writeProblem(w, p)
+			return
+		}
 		start := time.Now()
 		ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 		defer cancel()
-		status := serve(mux, w, r.WithContext(ctx))
-		requestSeconds.WithLabelValues(route, fmt.Sprint(status)).Observe(time.Since(start).Seconds())
+		status := serve(mux, of, w, r.WithContext(ctx))
+		requestSeconds.WithLabelValues(route, strconv.Itoa(status)).Observe(time.Since(start).Seconds())
 	}), "http", otelhttp.WithSpanNameFormatter(func(_ string, r *http.Request) string { return r.Method }))
 }
 
@@ -140,8 +145,8 @@ func writeProblem(w http.ResponseWriter, p *Problem) {
 
 // serve runs the handler and returns the status. The answer to a GET whose handler sets an ETag (the version, in
 // quotes) is held back until its body is known: the hash goes into the tag, and an If-None-Match that has it gets 304.
-func serve(h http.Handler, w http.ResponseWriter, r *http.Request) int {
-	b := &recorder{ResponseWriter: w, hold: r.Method == http.MethodGet || r.Method == http.MethodHead}
+func serve(h http.Handler, of Installation, w http.ResponseWriter, r *http.Request) int {
+	b := &recorder{ResponseWriter: w, of: of, hold: r.Method == http.MethodGet || r.Method == http.MethodHead}
 	h.ServeHTTP(b, r)
 	if !b.held {
 		return b.status
@@ -162,6 +167,7 @@ func serve(h http.Handler, w http.ResponseWriter, r *http.Request) int {
 
 type recorder struct {
 	http.ResponseWriter
+	of     Installation
 	status int
 	hold   bool // if the handler sets an ETag
 	held   bool
@@ -173,6 +179,7 @@ func (b *recorder) WriteHeader(status int) {
 		return
 	}
 	b.status = status
+	b.of.sealToken(b.Header())
 	if b.held = b.hold && status == http.StatusOK && b.Header().Get("ETag") != ""; !b.held {
 		b.ResponseWriter.WriteHeader(status)
 	}

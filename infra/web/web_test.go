@@ -55,7 +55,7 @@ func newServer(t *testing.T) *httptest.Server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := httptest.NewServer(web.Handler(mux, document, func() error { return nil }))
+	s := httptest.NewServer(web.Handler(mux, document, "test", func() error { return nil }))
 	t.Cleanup(s.Close)
 	return s
 }

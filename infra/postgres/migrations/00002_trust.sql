@@ -15,7 +15,7 @@ CREATE UNIQUE INDEX one_previous_build ON wharf.builds (model) WHERE state = 'pr
 ALTER TABLE wharf.tasks
     ADD COLUMN epoch bigint NOT NULL DEFAULT 0, -- moved by others than the owner, whose memory is stale then
     ADD COLUMN seen_at timestamptz NOT NULL DEFAULT 'epoch', -- the time of the last event seen
-    ADD COLUMN moved_at timestamptz NOT NULL DEFAULT 'epoch',
+    ADD COLUMN moved_at timestamptz NOT NULL DEFAULT now(),
     ADD COLUMN rate double precision NOT NULL DEFAULT 0, -- events a second, lately
     ADD COLUMN trouble text NOT NULL DEFAULT ''; -- the last error that passed
 

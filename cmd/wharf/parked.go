@@ -1,0 +1,136 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"wharf/infra/kafka"
+	"wharf/infra/postgres"
+)
+
+type parkedCmd struct {
+	List    parkedListCmd    `cmd:"" default:"withargs" help:"List the events that could not be applied, and those that wait for them."`
+	Show    parkedShowCmd    `cmd:"" help:"Show one of them with all that is known of it."`
+	Retry   parkedRetryCmd   `cmd:"" help:"Apply them in their order, after the program was mended."`
+	Discard parkedDiscardCmd `cmd:"" help:"Give one event up: no build of the read model will ever apply it."`
+}
+
+type parkedListCmd struct {
+	Model string `arg:"" optional:"" help:"Only those of this read model."`
+	JSON  bool   `help:"Print them as JSON."`
+	storesFlag
+}
+
+// Run implements the subcommand.
+func (c *parkedListCmd) Run(ctx context.Context) error {
+	if c.Model != "" {
+		if _, err := modelsOf([]string{c.Model}); err != nil {
+			return err
+		}
+	}
+	return c.withEngine(ctx, "wharf-parked", time.Hour, func(_ *kafka.Client, engine *postgres.Engine) error {
+		list, err := engine.Parked(ctx, c.Model)
+		if err != nil {
+			return err
+		}
+		if c.JSON {
+			if list == nil {
+				list = []postgres.ParkedEvent{}
+			}
+			return printJSON(map[string]any{"items": list})
+		}
+		if len(list) == 0 {
+			fmt.Println("nothing is parked")
+			return nil
+		}
+		w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+		fmt.Fprintln(w, "READ MODEL\tBUILD\tPOSITION\tTYPE\tSTREAM\tSINCE\tWHY")
+		for _, p := range list {
+			why, _, _ := strings.Cut(p.Error, "\n")
+			if why == "" {
+				why = "waits for one before it"
+			}
+			fmt.Fprintf(w, "%s\t%d (%s)\t%s\t%s\t%s\t%s\t%s\n", p.Model, p.Build, p.State, p.Position, p.Name, p.Stream,
+				p.ParkedAt.Format(time.RFC3339), why)
+		}
+		return w.Flush()
+	})
+}
+
+// parkedEventArgs name one parked event.
+type parkedEventArgs struct {
+	Model    string `arg:"" help:"The read model."`
+	Position string `arg:"" help:"The event's position, as the list shows it."`
+	storesFlag
+}
+
+type parkedShowCmd struct{ parkedEventArgs }
+
+// Run implements the subcommand.
+func (c *parkedShowCmd) Run(ctx context.Context) error {
+	if _, err := modelsOf([]string{c.Model}); err != nil {
+		return err
+	}
+	return c.withEngine(ctx, "wharf-parked", time.Hour, func(_ *kafka.Client, engine *postgres.Engine) error {
+		list, err := engine.Parked(ctx, c.Model)
+		if err != nil {
+			return err
+		}
+		for _, p := range list {
+			if p.Position == c.Position {
+				return printJSON(p)
+			}
+		}
+		return postgres.ErrNotParked
+	})
+}
+
+type parkedRetryCmd struct {
+	Model string `arg:"" help:"The read model."`
+	Key   string `help:"Only the events with this key: a stream's id, or the text of a row's key."`
+	JSON  bool   `help:"Print the result as JSON."`
+	storesFlag
+}
+
+// Run implements the subcommand.
+func (c *parkedRetryCmd) Run(ctx context.Context) error {
+	if _, err := modelsOf([]string{c.Model}); err != nil {
+		return err
+	}
+	return c.withEngine(ctx, "wharf-parked", time.Hour, func(_ *kafka.Client, engine *postgres.Engine) error {
+		done, err := engine.RetryParked(ctx, c.Model, c.Key)
+		if err != nil {
+			return err
+		}
+		if c.JSON {
+			err = printJSON(done)
+		} else {
+			fmt.Printf("%s: %d events were applied, %d wait still\n", c.Model, done.Applied, done.Waiting)
+		}
+		if err == nil && done.Applied == 0 && done.Waiting > 0 {
+			err = errors.New("nothing could be applied: wharf parked list says why")
+		}
+		return err
+	})
+}
+
+type parkedDiscardCmd struct{ parkedEventArgs }
+
+// Run implements the subcommand.
+func (c *parkedDiscardCmd) Run(ctx context.Context) error {
+	if _, err := modelsOf([]string{c.Model}); err != nil {
+		return err
+	}
+	return c.withEngine(ctx, "wharf-parked", time.Hour, func(_ *kafka.Client, engine *postgres.Engine) error {
+		if err := engine.DiscardParked(ctx, c.Model, c.Position); err != nil {
+			return err
+		}
+		fmt.Printf("%s: %s is given up; wharf parked retry %s applies what waited for it\n", c.Model, c.Position, c.Model)
+		return nil
+	})
+}

@@ -1,0 +1,66 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+
+	"wharf/infra/journal"
+	"wharf/infra/kafka"
+	"wharf/infra/postgres"
+	"wharf/projections"
+)
+
+type projectCmd struct {
+	Model string `arg:"" help:"The read model."`
+	Key   string `required:"" help:"The row: a stream's id, or the columns of the row's key with slashes between."`
+	AsOf  string `placeholder:"WHEN" help:"A time (RFC 3339), or a position as an order's history shows it; now if not given."`
+	JSON  bool   `help:"Print it as JSON."`
+	storesFlag
+}
+
+// Run implements the subcommand. It folds the log, and needs no database.
+func (c *projectCmd) Run(ctx context.Context) error {
+	if _, err := modelsOf([]string{c.Model}); err != nil {
+		return err
+	}
+	at, err := momentOf("--as-of", c.AsOf)
+	if err != nil {
+		return err
+	}
+	if len(c.KafkaBrokers) == 0 {
+		if err := c.resolve(); err != nil {
+			return err
+		}
+	}
+	client, err := kafka.Connect(ctx, kafka.Config{Brokers: c.KafkaBrokers, ClientID: "wharf-project"})
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	partitions, err := client.Partitions(ctx, projections.OrdersTopic)
+	if err != nil {
+		return err
+	}
+	engine := postgres.New(nil, postgres.Config{
+		Source: func(topic string) journal.Reader { return client.Reader(topic) }, Partitions: partitions,
+	})
+	s, err := engine.AsOf(ctx, c.Model, c.Key, at)
+	if err != nil {
+		return err
+	}
+	if c.JSON {
+		return printJSON(map[string]any{"items": s.Rows})
+	}
+	e := json.NewEncoder(os.Stdout)
+	e.SetEscapeHTML(false)
+	e.SetIndent("", "  ")
+	for _, row := range s.Rows {
+		if err := e.Encode(row); err != nil {
+			return err
+		}
+	}
+	fmt.Fprintf(os.Stderr, "%d rows, made of %d events\n", len(s.Rows), s.Events)
+	return nil
+}

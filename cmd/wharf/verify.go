@@ -1,0 +1,47 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"wharf/infra/kafka"
+	"wharf/infra/postgres"
+)
+
+type verifyCmd struct {
+	Models []string `arg:"" optional:"" help:"Read models to verify; all if none is named."`
+	JSON   bool     `help:"Print the results as JSON."`
+	storesFlag
+}
+
+// Run implements the subcommand.
+func (c *verifyCmd) Run(ctx context.Context) error {
+	models, err := modelsOf(c.Models)
+	if err != nil {
+		return err
+	}
+	return c.withEngine(ctx, "wharf-verify", time.Hour, func(_ *kafka.Client, engine *postgres.Engine) error {
+		show, wait := (&replayCmd{JSON: c.JSON}).progress()
+		results := []postgres.Comparison{}
+		err := engine.Verify(ctx, models, show, func(r postgres.Comparison) { results = append(results, r) })
+		wait()
+		if c.JSON {
+			err = errors.Join(err, printJSON(map[string]any{"items": results}))
+		}
+		wrong := 0
+		for _, r := range results {
+			if !c.JSON {
+				fmt.Println(r.String())
+			}
+			if r.Differences() > 0 || r.Halted != "" {
+				wrong++
+			}
+		}
+		if err == nil && wrong > 0 {
+			err = fmt.Errorf("%d of %d read models are not what the log says, or have halted", wrong, len(results))
+		}
+		return err
+	})
+}
