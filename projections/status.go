@@ -28,6 +28,16 @@ type Lags interface {
 type PolicyLag struct {
 	Service string `json:"service"`
 	Lag     int64  `json:"lag" doc:"Events not yet acted upon."`
+
+	Parked []ParkedPolicy `json:"parked,omitempty" doc:"Events that are tried again and again; some, if there are many."`
+}
+
+// ParkedPolicy is an event whose command cannot be decided, so that the stream which it is for waits. It is not lost: it is
+// tried again until it can be.
+type ParkedPolicy struct {
+	Position string `json:"position" doc:"Of the event; of the last one before a gap."`
+	Stream   string `json:"stream" doc:"That waits: the one the command is for, or the event's own if the partition is halted."`
+	Halted   string `json:"halted,omitempty" doc:"Why the whole source partition is halted there."`
 }
 
 // State is what a build is good for.
@@ -90,15 +100,15 @@ func ReadStatus(ctx context.Context, db DB, lags Lags) (Status, error) {
 		return s, fmt.Errorf("count the open intents: %w", err)
 	}
 	var ends map[string]map[int32]int64
-	g, ctx := errgroup.WithContext(ctx)
+	g, asking := errgroup.WithContext(ctx)
 	g.Go(func() (err error) {
-		if ends, err = lags.Ends(ctx, Topics); err != nil {
+		if ends, err = lags.Ends(asking, Topics); err != nil {
 			return fmt.Errorf("find the ends of the topics: %w", err)
 		}
 		return nil
 	})
 	g.Go(func() error {
-		policies, err := lags.Policies(ctx)
+		policies, err := lags.Policies(asking)
 		if err != nil {
 			return fmt.Errorf("find the lag of the policies: %w", err)
 		}

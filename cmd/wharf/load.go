@@ -28,6 +28,7 @@ type loadCmd struct {
 	Stock       int    `default:"100" help:"Per cent of what the orders ask for that is received."`
 	Orders      int    `help:"At most so many orders; 0 for all of the file, or 100 made-up ones."`
 	Concurrency int    `default:"64" help:"Commands at a time."`
+	ReadBack    bool   `help:"Read every order that was placed with the Consistency-Token of its placing, and count stale answers."`
 	JSON        bool   `help:"Print the report as JSON."`
 }
 
@@ -42,13 +43,17 @@ func (c *loadCmd) Run(ctx context.Context) error {
 		return usageError("--concurrency must be from 1 to 4096")
 	}
 	report, err := load.Run(ctx, load.Options{URL: baseURL(c.URL), File: c.File, Stock: c.Stock, Orders: c.Orders,
-		Concurrency: c.Concurrency, Progress: os.Stderr})
+		Concurrency: c.Concurrency, ReadBack: c.ReadBack, Progress: os.Stderr})
 	if err != nil {
 		return err
 	}
 	if c.JSON {
-		return printJSON(report)
+		err = printJSON(report)
+	} else {
+		fmt.Print(report)
 	}
-	fmt.Print(report)
-	return nil
+	if err == nil && report.StaleReads > 0 {
+		err = fmt.Errorf("%d answers did not know what had been written before they were asked for", report.StaleReads)
+	}
+	return err
 }

@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
 
 	"wharf/infra/kafka"
 	"wharf/infra/postgres"
+	"wharf/projections"
 )
 
 type parkedCmd struct {
@@ -33,19 +35,34 @@ func (c *parkedListCmd) Run(ctx context.Context) error {
 			return err
 		}
 	}
-	return c.withEngine(ctx, "wharf-parked", time.Hour, func(_ *kafka.Client, engine *postgres.Engine) error {
+	return c.withEngine(ctx, "wharf-parked", time.Hour, func(client *kafka.Client, engine *postgres.Engine) error {
 		list, err := engine.Parked(ctx, c.Model)
 		if err != nil {
 			return err
+		}
+		policies := []projections.PolicyLag{}
+		if c.Model == "" {
+			if policies, err = (lags{client, engine.Partitions}).Policies(ctx); err != nil {
+				return err
+			}
+			policies = slices.DeleteFunc(policies, func(p projections.PolicyLag) bool { return len(p.Parked) == 0 })
 		}
 		if c.JSON {
 			if list == nil {
 				list = []postgres.ParkedEvent{}
 			}
-			return printJSON(map[string]any{"items": list})
+			return printJSON(map[string]any{"items": list, "policies": policies})
+		}
+		if len(list)+len(policies) == 0 {
+			fmt.Println("nothing is parked")
+			return nil
+		}
+		for _, p := range policies {
+			for _, e := range p.Parked {
+				fmt.Printf("policies of %s: stream %s waits at %s, and is tried again. %s\n", p.Service, e.Stream, e.Position, e.Halted)
+			}
 		}
 		if len(list) == 0 {
-			fmt.Println("nothing is parked")
 			return nil
 		}
 		w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)

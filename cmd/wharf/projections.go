@@ -127,6 +127,9 @@ func (c *projectionsCmd) Run(ctx context.Context) error {
 	fmt.Fprintln(w, "\nPOLICIES OF\tLAG")
 	for _, p := range status.Policies {
 		fmt.Fprintf(w, "%s\t%d\n", p.Service, p.Lag)
+		for _, e := range p.Parked {
+			fmt.Fprintf(w, "  stream %s waits at %s\t%s\n", e.Stream, e.Position, e.Halted)
+		}
 	}
 	if err := w.Flush(); err != nil {
 		return err

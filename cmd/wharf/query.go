@@ -15,6 +15,7 @@ import (
 	ordersapi "wharf/commands/orders"
 	paymentsapi "wharf/commands/payments"
 	shippingapi "wharf/commands/shipping"
+	"wharf/domain"
 	"wharf/infra/journal"
 	"wharf/infra/kafka"
 	"wharf/infra/policies"
@@ -117,11 +118,15 @@ func (l lags) Policies(ctx context.Context) ([]projections.PolicyLag, error) {
 	group, ctx := errgroup.WithContext(ctx)
 	for i, service := range services {
 		group.Go(func() error {
-			lag, err := l.client.GroupLag(ctx, policies.Group(service), publicTopics(sources[service]...))
+			lag, parked, err := l.client.GroupLag(ctx, policies.Group(service), publicTopics(sources[service]...))
 			if err != nil {
 				return kafkaAway(err)
 			}
 			all[i] = projections.PolicyLag{Service: service, Lag: lag}
+			for _, p := range parked {
+				at := domain.Position{Topic: p.Topic, Partition: p.Partition, Seq: p.Seq}
+				all[i].Parked = append(all[i].Parked, projections.ParkedPolicy{Position: at.String(), Stream: p.Target, Halted: p.Reason})
+			}
 			return nil
 		})
 	}

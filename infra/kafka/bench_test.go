@@ -119,8 +119,8 @@ func BenchmarkSubscriber(b *testing.B) {
 		appendAll(b, log, int32(i/500%12), rs)
 	}
 	b.ResetTimer()
-	sub := NewSubscriber(c, SubscriberConfig{Group: name, Targets: func(msg *message.Message) []string {
-		return []string{msg.UUID[:min(len(msg.UUID), 2)]}
+	sub := NewSubscriber(c, SubscriberConfig{Group: name, Targets: func(msg *message.Message) ([]string, error) {
+		return []string{msg.UUID[:min(len(msg.UUID), 2)]}, nil
 	}})
 	msgs, err := sub.Subscribe(b.Context(), name)
 	if err != nil {

@@ -55,10 +55,14 @@ func (s *session) committed() (*sarama.OffsetFetchResponse, error) {
 		return nil, err
 	}
 	resp, err := b.FetchOffset(sarama.NewOffsetFetchRequest(s.client.Config().Version, s.group, s.Claims()))
-	if err == nil && resp.GroupError() != sarama.ErrNoError {
-		err = resp.GroupError()
+	if err != nil {
+		_ = b.Close() // see Client.discard
+		return nil, err
 	}
-	return resp, err
+	if resp.GroupError() != sarama.ErrNoError {
+		return nil, resp.GroupError()
+	}
+	return resp, nil
 }
 
 // join is a member of the group until ctx ends. For every session it calls setup, whose error ends the session (it is

@@ -180,7 +180,7 @@ func TestGroupLag(t *testing.T) {
 	appendAll(t, c.PublicLog(b), 1, numbered(1, 0, 5))
 	wantLag := func(want int64) {
 		t.Helper()
-		if lag, err := c.GroupLag(t.Context(), a, []string{a, b}); err != nil || lag != want {
+		if lag, _, err := c.GroupLag(t.Context(), a, []string{a, b}); err != nil || lag != want {
 			t.Errorf("the lag is %d, %v, want %d", lag, err, want)
 		}
 	}
@@ -201,7 +201,7 @@ func TestGroupLag(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantLag(0)
-	if _, err := c.GroupLag(bounded(t), a, []string{"no-such-topic"}); err == nil {
+	if _, _, err := c.GroupLag(bounded(t), a, []string{"no-such-topic"}); err == nil {
 		t.Error("want an error for a topic that does not exist")
 	}
 }

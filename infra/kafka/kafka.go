@@ -249,6 +249,17 @@ func (c *Client) conn(addr, purpose string) *sarama.Broker {
 	return b
 }
 
+// discard closes a connection that has failed. Sarama leaves one whose answer came too late as it is: open, and good for
+// nothing, because every later answer is taken for that of another request.
+func (c *Client) discard(b *sarama.Broker, purpose string) {
+	c.mu.Lock()
+	if name := purpose + "@" + b.Addr(); c.conns[name] == b {
+		delete(c.conns, name)
+	}
+	c.mu.Unlock()
+	_ = b.Close() // ErrNotConnected, or nothing that could be done about it
+}
+
 // saramaConfig is a configuration that is safe for a log: Sarama's defaults lose, reorder and duplicate.
 func saramaConfig(cfg Config) *sarama.Config {
 	c := sarama.NewConfig()

@@ -14,6 +14,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/twmb/franz-go/pkg/kfake"
+	"github.com/twmb/franz-go/pkg/kmsg"
 	"go.uber.org/goleak"
 
 	"wharf/infra/embedded/apache"
@@ -157,5 +158,56 @@ func TestClosedClient(t *testing.T) {
 	}
 	if err := log.Read(t.Context(), 0, 0, func(journal.Batch) error { return nil }); err != ErrClosed {
 		t.Errorf("Read: got %v, want ErrClosed", err)
+	}
+}
+
+// A broker that was paused for longer than answers are waited for answers late. That must not make a connection useless
+// for ever.
+func TestALateAnswerSpoilsNothing(t *testing.T) {
+	onlyFake(t)
+	cluster, err := kfake.NewCluster(kfake.NumBrokers(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(cluster.Close)
+	c := connectWith(t, Config{Brokers: cluster.ListenAddrs(), readTimeout: 100 * time.Millisecond})
+	log := c.PublicLog(topic(t, c, 1))
+	spec := TopicSpec{Name: log.Topic(), Partitions: 1}
+	appendAll(t, log, 0, numbered(0, 0, 1))
+	for what, test := range map[kmsg.Key]func(ctx context.Context) error{
+		kmsg.ListOffsets: func(ctx context.Context) error { _, err := log.End(ctx, 0); return err },
+		kmsg.Metadata: func(ctx context.Context) error {
+			addr, err := c.leader(ctx, log.Topic(), 0, false)
+			if err != nil {
+				return err
+			}
+			return c.sameTopic(ctx, addr, log.Topic())
+		},
+		kmsg.DescribeConfigs: func(ctx context.Context) error { return c.CheckTopics(ctx, []TopicSpec{spec}) },
+		kmsg.OffsetFetch: func(ctx context.Context) error {
+			_, _, err := c.GroupLag(ctx, "group", []string{log.Topic()})
+			return err
+		},
+		kmsg.Produce: func(ctx context.Context) error { return log.AppendBatch(ctx, 0, numbered(0, 1, 1)) },
+	} {
+		t.Run(what.Name(), func(t *testing.T) {
+			late := false
+			cluster.ControlKey(int16(what), func(kmsg.Request) (kmsg.Response, error, bool) {
+				cluster.KeepControl()
+				if !late {
+					late = true
+					time.Sleep(300 * time.Millisecond) // the whole broker stands still
+				}
+				return nil, nil, false
+			})
+			var err error
+			for tries := range 20 {
+				if err = test(bounded(t)); err == nil {
+					return
+				}
+				t.Logf("try %d: %v", tries, err)
+			}
+			t.Errorf("it never works again: %v", err)
+		})
 	}
 }

@@ -160,8 +160,10 @@ func (c *Client) sendOneOfEach(addr, group string, asks []batchAsk) {
 	for _, a := range asks {
 		req.AddBatch(a.topic, a.partition, a.batch)
 	}
-	conn := c.conn(addr, "produce "+group)
+	purpose := "produce " + group
+	conn := c.conn(addr, purpose)
 	if ok, err := conn.Connected(); !ok {
+		c.discard(conn, purpose)
 		err = fmt.Errorf("no connection to broker %s: %w", addr, errors.Join(sarama.ErrNotConnected, err))
 		for _, a := range asks {
 			a.answer <- batchAnswer{false, err}
@@ -169,6 +171,9 @@ func (c *Client) sendOneOfEach(addr, group string, asks []batchAsk) {
 		return
 	}
 	resp, err := conn.Produce(req)
+	if err != nil {
+		c.discard(conn, purpose)
+	}
 	for _, a := range asks {
 		if err != nil {
 			a.answer <- batchAnswer{true, err}

@@ -192,7 +192,11 @@ func (c *Client) askEnds(addr string, asks []endAsk) {
 	for _, a := range asks {
 		req.AddBlock(a.topic, a.partition, sarama.OffsetNewest, 1)
 	}
-	resp, err := c.conn(addr, "ends").GetAvailableOffsets(req)
+	conn := c.conn(addr, "ends")
+	resp, err := conn.GetAvailableOffsets(req)
+	if err != nil {
+		c.discard(conn, "ends")
+	}
 	for _, a := range asks {
 		switch {
 		case err != nil:

@@ -1,7 +1,9 @@
 package kafka
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -23,8 +25,9 @@ type SubscriberConfig struct {
 
 	// Targets is what a record is for. It is handed out once for each target, as a message of its own (see TargetOf):
 	// the messages for one target of a source partition one at a time, in order; those for different targets at the
-	// same time. A record without targets is done at once. Nil means one target for all: a total order per partition.
-	Targets func(*message.Message) []string
+	// same time. A record without targets is done at once. An error halts the source partition: whatever comes later might
+	// be for the same target, and overtake. Nil means one target for all: a total order per partition.
+	Targets func(*message.Message) ([]string, error)
 
 	// Admit is asked for every record of a source partition, in order, with what it returned for the record before
 	// (0 at the start of the log): whether to process the record, and its value to go on with, which is committed
@@ -73,7 +76,7 @@ type Subscriber struct {
 // NewSubscriber returns a Subscriber that has to be closed before the Client.
 func NewSubscriber(c *Client, cfg SubscriberConfig) *Subscriber {
 	if cfg.Targets == nil {
-		cfg.Targets = func(*message.Message) []string { return []string{""} }
+		cfg.Targets = func(*message.Message) ([]string, error) { return []string{""}, nil }
 	}
 	if cfg.Admit == nil {
 		cfg.Admit = func(_ string, _ journal.Record, last int64) (int64, bool, error) { return last, true, nil }
@@ -175,6 +178,8 @@ type claim struct {
 	done   int64         // all below is done
 	last   int64         // what Admit returned for the record before done
 	dirty  bool          // not committed
+	parked []Parked      // as committed
+	halted *Parked       // why it is not read any more
 	moved  chan struct{} // closed when done moves; nil when nobody waits for that
 }
 
@@ -219,15 +224,13 @@ func (s *Subscriber) newShare(ses *session, topics []string, out chan<- *message
 			case block.Err != 0:
 				return nil, fmt.Errorf("read the committed offset of %s partition %d: %w", topic, p, block.Err)
 			case block.Offset >= 0:
-				value, ours := strings.CutPrefix(block.Metadata, progressPrefix)
-				last, err := strconv.ParseInt(value, 10, 64)
-				if ours && err == nil {
-					cl.done, cl.last = block.Offset, last
+				if last, parked, ok := parseProgress(block.Metadata); ok {
+					cl.done, cl.last, cl.parked = block.Offset, last, parked
 					break
 				}
 				sh.log.Warn("the committed offset has no progress with it, reading from the start",
 					"topic", topic, "partition", p, "offset", block.Offset, "metadata", block.Metadata)
-				ses.ResetOffset(topic, p, 0, progress(0)) // MarkOffset alone never goes back
+				ses.ResetOffset(topic, p, 0, progress(0, nil)) // MarkOffset alone never goes back
 			}
 			cl.read = cl.done
 			sh.claims = append(sh.claims, cl)
@@ -236,7 +239,40 @@ func (s *Subscriber) newShare(ses *session, topics []string, out chan<- *message
 	return sh, nil
 }
 
-func progress(last int64) string { return progressPrefix + strconv.FormatInt(last, 10) }
+// Parked is a message that is not done although it was tried again and again, so that its target waits.
+type Parked struct {
+	Seq    int64  `json:"seq"` // what Admit returned for its record, or for the last one that it admitted
+	Target string `json:"target"`
+	Reason string `json:"reason,omitempty"` // why the whole source partition is halted there; empty when it is not
+}
+
+// What is told of parked messages must fit into the metadata of an offset, of which brokers take 4 KiB.
+const (
+	parkedTold  = 8
+	reasonBytes = 200
+)
+
+// progress is the metadata of a committed offset.
+func progress(last int64, parked []Parked) string {
+	text := progressPrefix + strconv.FormatInt(last, 10)
+	if len(parked) > 0 {
+		data, err := json.Marshal(parked)
+		if err == nil { // which it always is
+			text += " " + string(data)
+		}
+	}
+	return text
+}
+
+func parseProgress(metadata string) (last int64, parked []Parked, ok bool) {
+	value, ours := strings.CutPrefix(metadata, progressPrefix)
+	value, more, _ := strings.Cut(value, " ")
+	last, err := strconv.ParseInt(value, 10, 64)
+	if json.Unmarshal([]byte(more), &parked) != nil {
+		parked = nil
+	}
+	return last, parked, ours && err == nil
+}
 
 // run reads and hands out until the session ends, and then commits what is done.
 func (sh *share) run() {
@@ -280,9 +316,11 @@ func (sh *share) commit() {
 	dirty := false
 	for _, cl := range sh.claims {
 		cl.mu.Lock()
-		if cl.dirty {
-			sh.ses.MarkOffset(cl.topic, cl.partition, cl.done, progress(cl.last))
-			cl.dirty, dirty = false, true
+		if parked := cl.waiting(); cl.dirty || !slices.Equal(parked, cl.parked) {
+			// The one only goes forward, the other changes the metadata of an offset that stays.
+			sh.ses.MarkOffset(cl.topic, cl.partition, cl.done, progress(cl.last, parked))
+			sh.ses.ResetOffset(cl.topic, cl.partition, cl.done, progress(cl.last, parked))
+			cl.dirty, dirty, cl.parked = false, true, parked
 		}
 		cl.mu.Unlock()
 	}
@@ -308,15 +346,30 @@ func (sh *share) caughtUp(ctx context.Context, partition int32) error {
 	return nil
 }
 
+// waiting is what is parked; cl.mu is held.
+func (cl *claim) waiting() (parked []Parked) {
+	for _, l := range cl.lanes {
+		if l.nacks >= stuckAfter {
+			parked = append(parked, Parked{Seq: l.queue[0].last, Target: l.target})
+		}
+	}
+	slices.SortFunc(parked, func(a, b Parked) int { return cmp.Or(cmp.Compare(a.Seq, b.Seq), cmp.Compare(a.Target, b.Target)) })
+	if cl.halted != nil {
+		parked = append([]Parked{*cl.halted}, parked...)
+	}
+	return parked[:min(len(parked), parkedTold)]
+}
+
 func (cl *claim) name() string { return fmt.Sprintf("%s/%d", cl.topic, cl.partition) }
 
 // intake reads the source partition into the window.
 func (cl *claim) intake(ctx context.Context) {
 	last := cl.last
 	offset := cl.read
+	key := ""
 	err := cl.share.s.c.Reader(cl.topic).Read(ctx, cl.partition, cl.read, func(b journal.Batch) error {
 		for i, r := range b.Records {
-			offset = r.Offset
+			offset, key = r.Offset, string(r.Key)
 			next, process, err := cl.share.s.cfg.Admit(cl.topic, r, last)
 			if err != nil {
 				return err
@@ -341,6 +394,10 @@ func (cl *claim) intake(ctx context.Context) {
 	err = fmt.Errorf("%s partition %d is halted at offset %d: %w", cl.topic, cl.partition, offset, err)
 	cl.share.log.Error("a source partition is halted",
 		"topic", cl.topic, "partition", cl.partition, "offset", offset, "err", err)
+	cl.mu.Lock()
+	reason := strings.ToValidUTF8(err.Error()[:min(len(err.Error()), reasonBytes)], "")
+	cl.halted = &Parked{Seq: last, Target: key, Reason: reason}
+	cl.mu.Unlock()
 	cl.share.s.mu.Lock()
 	defer cl.share.s.mu.Unlock()
 	cl.share.s.halted[cl.name()] = err
@@ -360,7 +417,11 @@ func (cl *claim) add(ctx context.Context, e *entry, process bool) error {
 	if process {
 		msg := newMessage(cl.topic, e.record)
 		msg.SetContext(context.WithValue(ctx, deliveryKey{}, delivery{topic: cl.topic, records: []journal.Record{e.record}}))
-		targets = slices.Clone(cl.share.s.cfg.Targets(msg))
+		found, err := cl.share.s.cfg.Targets(msg)
+		if err != nil {
+			return err
+		}
+		targets = slices.Clone(found)
 		slices.Sort(targets)
 		targets = slices.Compact(targets)
 	}
@@ -526,8 +587,10 @@ func (l *lane) nacked(e *entry) {
 		return
 	}
 	cfg := sh.s.cfg
+	cl.mu.Lock()
 	delay := min(cfg.RedeliveryDelay<<min(l.nacks, 16), cfg.RedeliveryDelayMax)
 	l.nacks++
+	cl.mu.Unlock()
 	if l.nacks >= stuckAfter && time.Since(l.warned) > stuckInterval {
 		l.warned = time.Now()
 		cl.mu.Lock()

@@ -36,7 +36,7 @@ func forTargets(targets ...string) []journal.Record {
 func testConfig(group string) SubscriberConfig {
 	return SubscriberConfig{
 		Group:   group,
-		Targets: func(msg *message.Message) []string { return strings.Fields(msg.Metadata["targets"]) },
+		Targets: func(msg *message.Message) ([]string, error) { return strings.Fields(msg.Metadata["targets"]), nil },
 		Admit: func(_ string, _ journal.Record, last int64) (int64, bool, error) {
 			return last + 1, true, nil
 		},
@@ -322,9 +322,15 @@ func TestAdmit(t *testing.T) {
 	}
 	_ = s.Close()
 	for p, want := range []string{"3 wharf:20", "5 wharf:40"} {
-		if offset, metadata := committed(t, c, name, name, int32(p)); fmt.Sprint(offset, " ", metadata) != want {
+		offset, metadata := committed(t, c, name, name, int32(p))
+		progress, _, _ := strings.Cut(metadata, " ") // what is parked comes after it
+		if fmt.Sprint(offset, " ", progress) != want {
 			t.Errorf("partition %d: committed %d %q, want %s", p, offset, metadata, want)
 		}
+	}
+	_, parked, err := c.GroupLag(t.Context(), name, []string{name})
+	if err != nil || len(parked) != 1 || parked[0].Partition != 0 || parked[0].Seq != 20 || !strings.Contains(parked[0].Reason, "gap") {
+		t.Errorf("parked is %+v: %v", parked, err)
 	}
 }
 

@@ -32,7 +32,7 @@ func TestWatermillSuite(t *testing.T) {
 				key := suite.key
 				sub := NewSubscriber(c, SubscriberConfig{
 					Group:              group,
-					Targets:            func(msg *message.Message) []string { return []string{key(msg)} },
+					Targets:            func(msg *message.Message) ([]string, error) { return []string{key(msg)}, nil },
 					RedeliveryDelay:    time.Millisecond,
 					RedeliveryDelayMax: 10 * time.Millisecond,
 					DrainTimeout:       100 * time.Millisecond,

@@ -68,9 +68,11 @@ func (c *Client) recognise(topic string, id sarama.Uuid) error {
 // sameTopic asks the broker, which leads a partition of the topic, whether it still is the one that this Client knows.
 func (c *Client) sameTopic(ctx context.Context, addr, topic string) error {
 	return c.do(ctx, func() error {
-		resp, err := c.conn(addr, "topics").GetMetadata(sarama.NewMetadataRequest(c.conf.Version, []string{topic}))
+		conn := c.conn(addr, "topics")
+		resp, err := conn.GetMetadata(sarama.NewMetadataRequest(c.conf.Version, []string{topic}))
 		switch {
 		case err != nil:
+			c.discard(conn, "topics")
 			return err
 		case len(resp.Topics) != 1:
 			return sarama.ErrIncompleteResponse
@@ -259,12 +261,19 @@ func (s TopicSpec) problems(t *sarama.TopicMetadata, config map[string]string) (
 	return problems
 }
 
-// GroupLag is how many offsets the group has not yet committed, summed over all partitions of the topics; where it
-// never committed, all of them.
-func (c *Client) GroupLag(ctx context.Context, group string, topics []string) (int64, error) {
+// ParkedIn is what a group's Subscriber has parked in a source partition.
+type ParkedIn struct {
+	Topic     string
+	Partition int32
+	Parked
+}
+
+// GroupLag is how many offsets the group has not yet committed, summed over all partitions of the topics (where it never
+// committed, all of them), and what its Subscribers have parked: the first few of each source partition.
+func (c *Client) GroupLag(ctx context.Context, group string, topics []string) (lag int64, parked []ParkedIn, err error) {
 	asked := map[string][]int32{}
 	var committed *sarama.OffsetFetchResponse
-	err := c.admin(ctx, func(a sarama.ClusterAdmin) (err error) {
+	err = c.admin(ctx, func(a sarama.ClusterAdmin) (err error) {
 		for _, t := range topics {
 			if asked[t], err = c.sarama.Partitions(t); err != nil {
 				return fmt.Errorf("topic %s: %w", t, err)
@@ -277,22 +286,25 @@ func (c *Client) GroupLag(ctx context.Context, group string, topics []string) (i
 		return err
 	})
 	if err != nil {
-		return 0, fmt.Errorf("find the lag of group %s: %w", group, err)
+		return 0, nil, fmt.Errorf("find the lag of group %s: %w", group, err)
 	}
-	lag := int64(0)
 	for topic, partitions := range asked {
 		for _, p := range partitions {
 			end, err := c.Reader(topic).End(ctx, p)
 			if err != nil {
-				return 0, fmt.Errorf("find the lag of group %s: %w", group, err)
+				return 0, nil, fmt.Errorf("find the lag of group %s: %w", group, err)
 			}
 			if block := committed.GetBlock(topic, p); block != nil && block.Err == sarama.ErrNoError {
 				end -= max(0, block.Offset)
+				_, here, _ := parseProgress(block.Metadata)
+				for _, one := range here {
+					parked = append(parked, ParkedIn{topic, p, one})
+				}
 			}
 			lag += max(0, end)
 		}
 	}
-	return lag, nil
+	return lag, parked, nil
 }
 
 // admin runs f with Sarama's cluster administration.
@@ -302,7 +314,15 @@ func (c *Client) admin(ctx context.Context, f func(sarama.ClusterAdmin) error) e
 		if err != nil {
 			return err
 		}
-		return f(a) // a has nothing to close but the client
+		err = f(a) // a has nothing to close but the client
+		var refused sarama.KError
+		if err != nil && !errors.As(err, &refused) {
+			// See discard: the next one needs connections that work. Sarama opens them again.
+			for _, b := range c.sarama.Brokers() {
+				_ = b.Close()
+			}
+		}
+		return err
 	})
 }
 

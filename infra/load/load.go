@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"net/http"
 	"slices"
 	"strings"
 	"sync"
@@ -32,6 +33,7 @@ type Options struct {
 	Stock       int           // per cent of what the orders ask for that is received; 100 is enough for all
 	Orders      int           // at most so many; 0: all of the file, or 100 made-up ones
 	Concurrency int           // commands at once; 64 when 0
+	ReadBack    bool          // every order that was placed is read with the token of its placing
 	Patience    time.Duration // gives up when nothing moves for so long; 2 minutes when 0
 	Progress    io.Writer     // progress and rows that cannot be read, for people; may be nil
 }
@@ -47,6 +49,8 @@ type Report struct {
 	Expired         int     `json:"expired"`
 	LinesLeftOut    int     `json:"lines_left_out"`
 	InvoicesSkipped int     `json:"invoices_skipped"`
+	ReadBack        int     `json:"read_back"`      // orders that were read with their token
+	StaleReads      int     `json:"stale_reads"`    // of these, those that the answer did not know
 	CommandsPerS    float64 `json:"commands_per_s"` // from the first command sent to the last answered
 	P50             float64 `json:"p50_ms"`         // of one command with all its tries
 	P99             float64 `json:"p99_ms"`
@@ -64,6 +68,8 @@ func (r Report) String() string {
 	row("expired", r.Expired)
 	row("lines_left_out", r.LinesLeftOut)
 	row("invoices_skipped", r.InvoicesSkipped)
+	row("read_back", r.ReadBack)
+	row("stale_reads", r.StaleReads)
 	row("commands_per_s", r.CommandsPerS)
 	row("p50_ms", r.P50)
 	row("p99_ms", r.P99)
@@ -87,7 +93,9 @@ type run struct {
 	name     string // of the run, where its orders are made up
 	orders   []order
 
-	delivered atomic.Int64
+	readBack bool
+
+	delivered, read, stale atomic.Int64
 
 	mu      sync.Mutex
 	ours    map[string]*order // by the id that the shop gave
@@ -117,7 +125,7 @@ func Run(ctx context.Context, o Options) (Report, error) {
 	}
 	defer client.Close()
 	client.Patience = o.Patience
-	r := &run{client: client, progress: &lines{w: o.Progress}, patience: o.Patience, ours: map[string]*order{}}
+	r := &run{client: client, progress: &lines{w: o.Progress}, patience: o.Patience, readBack: o.ReadBack, ours: map[string]*order{}}
 
 	var report Report
 	if o.File == "" {
@@ -286,6 +294,11 @@ func (r *run) place(ctx context.Context, o *order) error {
 	if err != nil {
 		return fmt.Errorf("place %s: %w", o.name, err)
 	}
+	if r.readBack {
+		if err := r.check(ctx, receipt); err != nil {
+			return fmt.Errorf("read %s back: %w", o.name, err)
+		}
+	}
 	if o.cancel {
 		_, err := r.timed(func() (shop.Receipt, error) {
 			return r.client.Cancel(ctx, "cancel-"+receipt.ID, receipt.ID, "changed my mind")
@@ -297,6 +310,20 @@ func (r *run) place(ctx context.Context, o *order) error {
 	r.mu.Lock()
 	r.ours[receipt.ID] = o
 	r.mu.Unlock()
+	return nil
+}
+
+// check reads what was just written: an answer that does not know it is stale.
+func (r *run) check(ctx context.Context, receipt shop.Receipt) error {
+	order, err := r.client.OrderSince(ctx, receipt.ID, receipt.Token)
+	if err != nil && !shop.IsStatus(err, http.StatusNotFound) {
+		return err
+	}
+	r.read.Add(1)
+	if err != nil || order.Version < receipt.Version {
+		r.stale.Add(1)
+		r.say("a stale answer: order %s has version %d, not %d", receipt.ID, order.Version, receipt.Version)
+	}
 	return nil
 }
 
@@ -467,6 +494,7 @@ func (r *run) measure(report *Report) {
 	defer r.mu.Unlock()
 	report.Placed = len(r.ours)
 	report.InvoicesSkipped += r.refused
+	report.ReadBack, report.StaleReads = int(r.read.Load()), int(r.stale.Load())
 	if len(r.took) == 0 {
 		return
 	}

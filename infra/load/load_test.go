@@ -364,7 +364,7 @@ func TestReportNames(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := strings.Fields("placed confirmed delivered rejected cancelled expired " +
-		"lines_left_out invoices_skipped commands_per_s p50_ms p99_ms")
+		"lines_left_out invoices_skipped read_back stale_reads commands_per_s p50_ms p99_ms")
 	if diff := cmp.Diff(slices.Sorted(slices.Values(want)), slices.Sorted(maps.Keys(names))); diff != "" {
 		t.Error(diff)
 	}

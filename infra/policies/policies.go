@@ -96,15 +96,15 @@ func admit(topic string, record journal.Record, last int64) (int64, bool, error)
 	return e.Seq, true, nil
 }
 
-// targets is the streams that the event concerns. An event that cannot be read concerns none: no later try could read
-// it, and its stream is quarantined where it was written.
-func (r *Runner[S]) targets(msg *message.Message) []string {
+// targets is the streams that the event concerns. Whom one concerns that cannot be decoded is not known, so nothing that
+// comes after it in its partition may be handled: for a stream that both concern, it would make the one that was passed
+// over look like a repetition for ever. A program that can decode it goes on from there.
+func (r *Runner[S]) targets(msg *message.Message) ([]string, error) {
 	e, err := r.entry(kafka.RecordOf(msg))
 	if err != nil {
-		r.Logger.Error("an event cannot be read and is passed over", "err", err)
-		return nil
+		return nil, err
 	}
-	return e.streams
+	return e.streams, nil
 }
 
 // handle lets the journal decide the events' reactions on one stream. A refusal is an answer; everything else that is

@@ -133,7 +133,7 @@ func TestAQuarantinedStreamBlocksNoOther(t *testing.T) {
 	w.reserved("MUG", third)
 	stop()
 	// The first event is not done, so nothing behind it is committed: all of it will be looked at again.
-	if lag, err := w.client.GroupLag(t.Context(), policies.Group("inventory"), []string{"orders.events"}); err != nil || lag != 3 {
+	if lag, _, err := w.client.GroupLag(t.Context(), policies.Group("inventory"), []string{"orders.events"}); err != nil || lag != 3 {
 		t.Errorf("the lag is %d: %v", lag, err)
 	}
 }
@@ -162,4 +162,48 @@ func TestAnEventIsHandledOnceAcrossRestarts(t *testing.T) {
 	if err != nil || r.Version != n+2 {
 		t.Errorf("version %d: %v", r.Version, err)
 	}
+}
+
+// An event that this program cannot decode halts its source partition: nothing that comes after it may overtake it, and
+// nothing is lost. That it waits is known to everybody. A program that can decode it goes on from there.
+func TestAnEventThatCannotBeDecodedIsNeverPassedOver(t *testing.T) {
+	w := newWarehouse(t)
+	stop := w.start()
+	w.receive("MUG", 10)
+	w.reserved("MUG", w.placed(domain.Quantity{SKU: "MUG", Quantity: 1}))
+	w.seq++
+	bad := journal.NewEventRecord(domain.Recorded{ID: uuid.New(), Name: "order.placed.v1", Service: "orders", Stream: "order-2",
+		Version: 1, Time: time.Now(), Position: domain.Position{Topic: "orders.events", Seq: w.seq}, Data: []byte(`{"items": 7}`)})
+	if err := w.client.PublicLog("orders.events").AppendBatch(t.Context(), 0, []journal.Record{bad}); err != nil {
+		t.Fatal(err)
+	}
+	after := w.placed(domain.Quantity{SKU: "MUG", Quantity: 2})
+	var parked []kafka.ParkedIn
+	for deadline := time.Now().Add(30 * time.Second); len(parked) == 0; time.Sleep(10 * time.Millisecond) {
+		lag, found, err := w.client.GroupLag(t.Context(), policies.Group("inventory"), []string{"orders.events"})
+		if err != nil || time.Now().After(deadline) {
+			t.Fatalf("nothing is parked, the lag is %d: %v", lag, err)
+		}
+		parked = found
+	}
+	if p := parked[0]; p.Target != "order-2" || p.Topic != "orders.events" || p.Partition != 0 || p.Seq != 2 || p.Reason == "" {
+		t.Errorf("parked is %+v", p)
+	}
+	stop()
+	_, err := w.journal.Handle(bounded(t), commands.Command{Stream: "MUG", IfMatch: commands.AnyVersion},
+		func(s inventory.Stock) ([]domain.Event, error) {
+			if s.Reserved(after) > 0 {
+				t.Error("an event has overtaken one that could not be decoded")
+			}
+			return nil, nil
+		})
+	if err == nil {
+		t.Error("the journal goes on without its Run")
+	}
+}
+
+func bounded(t *testing.T) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	t.Cleanup(cancel)
+	return ctx
 }

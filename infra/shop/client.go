@@ -106,7 +106,7 @@ func IsStatus(err error, status int) bool {
 }
 
 // do sends one request until it has an answer, and decodes it into out, unless that is nil.
-func (c *Client) do(ctx context.Context, method string, u *url.URL, key string, in, out any) (http.Header, error) {
+func (c *Client) do(ctx context.Context, method string, u *url.URL, headers map[string]string, in, out any) (http.Header, error) {
 	var body []byte
 	if in != nil {
 		var err error
@@ -117,7 +117,7 @@ func (c *Client) do(ctx context.Context, method string, u *url.URL, key string, 
 	deadline := time.Now().Add(c.Patience)
 	pause := firstPause
 	for {
-		header, err := c.try(ctx, method, u, key, body, out)
+		header, err := c.try(ctx, method, u, headers, body, out)
 		var p *Problem
 		switch {
 		case err == nil:
@@ -141,8 +141,8 @@ func (c *Client) do(ctx context.Context, method string, u *url.URL, key string, 
 // errAnswer marks an answer of status 2xx that is not what the API promises. Asking again would not help.
 var errAnswer = errors.New("the answer is not what the API promises")
 
-func (c *Client) try(ctx context.Context, method string, u *url.URL, key string, body []byte, out any) (http.Header,
-	error) {
+func (c *Client) try(ctx context.Context, method string, u *url.URL, headers map[string]string, body []byte, out any) (
+	http.Header, error) {
 	req, err := http.NewRequestWithContext(ctx, method, u.String(), bytes.NewReader(body))
 	if err != nil {
 		return nil, err
@@ -150,8 +150,8 @@ func (c *Client) try(ctx context.Context, method string, u *url.URL, key string,
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}
-	if key != "" {
-		req.Header.Set("Idempotency-Key", key)
+	for name, value := range headers {
+		req.Header.Set(name, value)
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
@@ -209,7 +209,7 @@ func (c *Client) command(ctx context.Context, key string, in any, path ...string
 	if key == "" {
 		key = uuid.NewString()
 	}
-	header, err := c.do(ctx, http.MethodPost, c.url(nil, path...), key, in, &r)
+	header, err := c.do(ctx, http.MethodPost, c.url(nil, path...), map[string]string{"Idempotency-Key": key}, in, &r)
 	if err == nil && r.ID == "" {
 		err = fmt.Errorf("POST %s: %w: it has no id", c.url(nil, path...).Path, errAnswer)
 	}
@@ -271,7 +271,7 @@ func (c *Client) Refund(ctx context.Context, key, order string, amount domain.Mo
 // get reads one thing. IsStatus(err, 404) when there is none.
 func get[T any](ctx context.Context, c *Client, path ...string) (T, error) {
 	var v T
-	_, err := c.do(ctx, http.MethodGet, c.url(nil, path...), "", nil, &v)
+	_, err := c.do(ctx, http.MethodGet, c.url(nil, path...), nil, nil, &v)
 	return v, err
 }
 
@@ -289,7 +289,7 @@ func list[T any](ctx context.Context, c *Client, query url.Values, path ...strin
 			var page struct {
 				Items []T `json:"items"`
 			}
-			header, err := c.do(ctx, http.MethodGet, u, "", nil, &page)
+			header, err := c.do(ctx, http.MethodGet, u, nil, nil, &page)
 			if err != nil {
 				yield(zero, err)
 				return
@@ -339,6 +339,12 @@ func (c *Client) Orders(ctx context.Context, customer, status string) iter.Seq2[
 // Order is one order with its lines.
 func (c *Client) Order(ctx context.Context, id string) (Order, error) {
 	return get[Order](ctx, c, "orders", id)
+}
+
+// OrderSince reads an order as it is once the read model knows what the command did whose token this is.
+func (c *Client) OrderSince(ctx context.Context, id, token string) (o Order, err error) {
+	_, err = c.do(ctx, http.MethodGet, c.url(nil, "orders", id), map[string]string{"Consistency-Token": token}, nil, &o)
+	return o, err
 }
 
 // History lists every event of an order, fetching so many at a time (200 when 0).

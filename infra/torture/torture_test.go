@@ -93,10 +93,13 @@ type run struct {
 	services  map[string]*replicas
 	tormentor *tormentor
 	clients   *clients
+	replayer  *replayer
 
 	mu     sync.Mutex
 	ended  map[string]int // programs that ended by themselves, by kind
 	orders map[string]int // what became of the orders of `wharf load`
+
+	readBack, staleReads int // of `wharf load`, with tokens
 }
 
 func TestTorture(t *testing.T) {
@@ -133,6 +136,7 @@ func TestTorture(t *testing.T) {
 
 	pace := paceOf(*rounds)
 	r.clients = newClients(r.services["stock"], r.say)
+	r.replayer = &replayer{run: r}
 	r.tormentor = &tormentor{
 		victims: r.victims, random: rand.New(rand.NewPCG(*seed, 0)), every: pace.every, longest: pace.longest, say: r.say,
 		done: map[string]map[string]int{}, busy: map[*victim]bool{},
@@ -171,6 +175,10 @@ func TestTorture(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
+	rows, events, err := r.replayer.verify(ctx)
+	if err != nil {
+		t.Error(err)
+	}
 	said, err := complaints(dir)
 	if err != nil {
 		t.Error(err)
@@ -182,10 +190,10 @@ func TestTorture(t *testing.T) {
 	sum.lost, sum.doubled = max(sum.lost, log.lost), max(sum.doubled, log.doubled)
 	sum.unequal = max(sum.unequal, log.unequal)
 	c := r.clients
-	if len(c.findings) > 0 || !sum.ok() || c.differing.Load() > 0 || c.wrong.Load() > 0 || broken > 0 {
+	if len(c.findings) > 0 || !sum.ok() || c.differing.Load() > 0 || c.wrong.Load() > 0 || broken > 0 || r.staleReads > 0 {
 		t.Errorf("found:\n%s", strings.Join(c.findings, "\n"))
 	}
-	t.Logf("\n%s", r.table(kafka, took, sum, broken, orders))
+	t.Logf("\n%s", r.table(kafka, took, sum, broken, orders)+r.replayer.table(rows, events))
 }
 
 func since(t time.Time) time.Duration { return time.Since(t).Round(100 * time.Millisecond) }
@@ -348,6 +356,10 @@ func (r *run) round(ctx context.Context, number int, p pace) error {
 		all.Go(func() error { return r.tormentor.run(suffering) })
 	}
 	all.Go(func() error {
+		r.replayer.torment(suffering)
+		return nil
+	})
+	all.Go(func() error {
 		for suffering.Err() == nil {
 			r.say("%d commands", r.clients.accepted.Load()+r.clients.refused.Load())
 			sleep(suffering, 5*time.Second)
@@ -361,7 +373,7 @@ func (r *run) round(ctx context.Context, number int, p pace) error {
 
 // load drives orders through the shop. Nobody is to lack stock: what a load takes in is twice what it asks for.
 func (r *run) load(ctx context.Context, orders int) error {
-	args := []string{"load", "--url", r.url, "--orders", strconv.Itoa(orders), "--concurrency", "8", "--stock", "200", "--json"}
+	args := []string{"load", "--url", r.url, "--orders", strconv.Itoa(orders), "--concurrency", "8", "--stock", "200", "--read-back", "--json"}
 	out, err := r.command(ctx, args...)
 	for err != nil && strings.Contains(err.Error(), "the shop does not answer") { // which it finds out before it begins
 		out, err = r.command(ctx, args...)
@@ -379,6 +391,8 @@ func (r *run) load(ctx context.Context, orders int) error {
 	for _, what := range []string{"placed", "delivered", "cancelled", "rejected", "expired"} {
 		r.orders[what] += int(report[what])
 	}
+	r.staleReads += int(report["stale_reads"])
+	r.readBack += int(report["read_back"])
 	if final := report["delivered"] + report["cancelled"] + report["rejected"] + report["expired"]; final != float64(orders) {
 		return fmt.Errorf("of %d orders %v are final: %s", orders, final, out)
 	}
@@ -461,6 +475,8 @@ func (r *run) table(kafka string, took time.Duration, sum balance, broken, order
 	row("SKUs with other units", sum.unequal)
 	row("differing answers", c.differing.Load())
 	row("wrong answers", c.wrong.Load())
+	row("orders read with their token", r.readBack)
+	row("  answers that did not know them", r.staleReads)
 	row("audit broken", broken)
 	return b.String()
 }
