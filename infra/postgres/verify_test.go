@@ -13,6 +13,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/prometheus/client_golang/prometheus"
+
+	"wharf/infra/journal"
 )
 
 // What somebody has changed behind the projector's back is found, row by row, and a replay does not swap a difference in
@@ -101,9 +103,12 @@ func TestAVerificationHoldsWhileEverythingMoves(t *testing.T) {
 		for ctx.Err() == nil {
 			stop()
 			stop = start(t, e)
+			pause(ctx, 300*time.Millisecond) // it gets to work in between
 		}
 	})
-	checker := newEngine(t, openURL(t, pool.Config().ConnString()), s)
+	checker := newEngine(t, openURL(t, pool.Config().ConnString()), s, func(c *Config) {
+		c.Source = func(topic string) journal.Reader { return tired{s.reader(topic)} }
+	})
 	for range 3 {
 		verify(t, checker, 0)
 	}
@@ -112,6 +117,16 @@ func TestAVerificationHoldsWhileEverythingMoves(t *testing.T) {
 	if told.Load() == 0 {
 		t.Error("nothing happened meanwhile")
 	}
+}
+
+// tired takes its time, in which others move on.
+type tired struct{ journal.Reader }
+
+func (r tired) Read(ctx context.Context, p int32, from int64, f func(journal.Batch) error) error {
+	return r.Reader.Read(ctx, p, from, func(b journal.Batch) error {
+		pause(ctx, 20*time.Millisecond)
+		return f(b)
+	})
 }
 
 // The previous build is kept up to date, and comes back in a moment, again and again; queries never see less than
