@@ -16,9 +16,9 @@ import (
 
 // Positions knows how far the live read models are.
 type Positions interface {
-	// Wait returns nil once the live build of the read model has seen the event at the position, or a *BehindError when
-	// ctx ends first.
-	Wait(ctx context.Context, model string, p domain.Position) error
+	// Wait returns nil once the live build of the read model has seen the event at the position, or a *BehindError when it
+	// has waited for so long, or ctx has ended. It looks at least once.
+	Wait(ctx context.Context, model string, p domain.Position, most time.Duration) error
 }
 
 // BehindError says that a read model did not come to a position in time.
@@ -77,9 +77,7 @@ func (c *Consistency) await(ctx context.Context, m Model, p Positions) error {
 	if !slices.Contains(m.Topics, c.position.Topic) {
 		return nil // no token, or one of what the read model does not listen to
 	}
-	ctx, cancel := context.WithTimeout(ctx, c.wait)
-	defer cancel()
-	return p.Wait(ctx, m.Name, c.position)
+	return p.Wait(ctx, m.Name, c.position, c.wait)
 }
 
 // awaiting is the input of a query that embeds Consistency.

@@ -23,6 +23,8 @@ var Orders = Define(Spec[orderKey, orderRow]{
 	Events: map[string]domain.Events{
 		OrdersTopic: orders.Events, PaymentsTopic: payments.Events, ShippingTopic: shipping.Events,
 	},
+	Brief: domain.EventsOf(orders.ItemReserved{}, orders.StockConfirmed{}, orders.Confirmed{}, orders.Shipped{}, orders.Delivered{},
+		shipping.Created{}, shipping.Dispatched{}, shipping.Delivered{}, shipping.Cancelled{}),
 	Keys: func(e Event) []orderKey {
 		id, ok := orderOf(e)
 		if !ok {

@@ -97,6 +97,9 @@ type Spec[K comparable, R any] struct {
 
 	// Events are the events that it listens to, by public topic. Others never reach it.
 	Events map[string]domain.Events
+	// Brief are those of the events of which only that they happened matters: they come with a zero Fact, and what they
+	// say, which may be long, is not decoded.
+	Brief domain.Events
 	// Keys names the rows that the event touches; none is fine.
 	Keys func(Event) []K
 	// Apply is the row after the event; a row that is new is the zero R. It is pure. The order of events is given
@@ -127,6 +130,7 @@ type Model struct {
 	Rows           // its rows
 
 	events map[string]domain.Events
+	brief  domain.Events
 }
 
 // Rows works on the rows of one read model. A key is comparable; a row is a pointer, nobody else's than the caller's.
@@ -155,7 +159,7 @@ func Define[K comparable, R any](s Spec[K, R]) Model {
 		panic(s.Name + ": the key must be a stream's id or contain the partition")
 	}
 	m := Model{Name: s.Name, Version: s.Version, Keys: len(rows.key), Indexes: s.Indexes, Append: s.Append, Rows: rows,
-		events: s.Events}
+		events: s.Events, brief: s.Brief}
 	for _, f := range slices.Concat(rows.key, rows.row) {
 		m.Columns = append(m.Columns, f.column)
 	}
@@ -205,7 +209,11 @@ func (m Model) Decode(r domain.Recorded) (e Event, listens bool, err error) {
 	if !utf8.Valid(r.Data) || bytes.Contains(r.Data, []byte(`\u0000`)) {
 		return Event{Recorded: r}, true, fmt.Errorf("%w: its data is no text", ErrUndecodable)
 	}
-	fact, err := vocabulary.Decode(r.Name, r.Data)
+	data := r.Data
+	if _, brief := m.brief[r.Name]; brief {
+		data = []byte("{}")
+	}
+	fact, err := vocabulary.Decode(r.Name, data)
 	if err != nil {
 		return Event{Recorded: r}, true, fmt.Errorf("%w: %w", ErrUndecodable, err)
 	}

@@ -1,6 +1,7 @@
 package projections
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -298,5 +299,35 @@ func TestEveryReadModelIsWellDefined(t *testing.T) {
 			}()
 			define()
 		}()
+	}
+}
+
+type laggard struct{ Lags }
+
+func (laggard) Oldest(context.Context, string, int32, int64) (time.Time, bool, error) {
+	return time.Now().Add(-time.Minute), true, nil
+}
+
+func TestManyPartitionsMayLagAtOnce(t *testing.T) {
+	ends := map[string]map[int32]int64{OrdersTopic: {}, PaymentsTopic: {}}
+	var places [][]place
+	s := Status{Items: make([]BuildStatus, 7)}
+	for i := range s.Items {
+		var ps []place
+		for topic := range ends {
+			for p := range int32(50) {
+				ends[topic][p] = 100
+				ps = append(ps, place{topic, p, int64(i % 2)})
+			}
+		}
+		places = append(places, ps)
+	}
+	if err := s.measure(t.Context(), places, ends, laggard{}); err != nil {
+		t.Fatal(err)
+	}
+	for i, item := range s.Items {
+		if want := int64(100 * (100 - i%2)); item.Lag != want || item.LagSeconds < 59 {
+			t.Errorf("item %d lags %d events and %v s, want %d and a minute", i, item.Lag, item.LagSeconds, want)
+		}
 	}
 }

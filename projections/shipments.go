@@ -17,6 +17,7 @@ var Shipments = Define(Spec[shipmentKey, shipmentRow]{
 	Name: "shipments", Version: 1,
 	Indexes: []string{"status, order_id"},
 	Events:  map[string]domain.Events{ShippingTopic: shipping.Events},
+	Brief:   domain.EventsOf(shipping.Created{}, shipping.Delivered{}, shipping.Cancelled{}),
 	Keys: func(e Event) []shipmentKey {
 		id, ok := orderOf(e)
 		if !ok {

@@ -7,7 +7,6 @@ import (
 	"math"
 	"net/http"
 	"slices"
-	"sync"
 	"time"
 
 	"github.com/danielgtaylor/huma/v2"
@@ -147,31 +146,28 @@ type place struct {
 
 // measure fills in how far each item is behind, given where it is and where the topics end.
 func (s *Status) measure(ctx context.Context, places [][]place, ends map[string]map[int32]int64, lags Lags) error {
-	var mu sync.Mutex
-	oldest := map[place]time.Time{}
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(8)
+	index := map[place]int{}
+	var behind []place
 	for i, ps := range places {
 		for _, p := range ps {
-			behind := max(0, ends[p.topic][p.partition]-p.offset)
-			s.Items[i].Lag += behind
-			if _, asked := oldest[p]; behind == 0 || asked {
-				continue
+			lag := max(0, ends[p.topic][p.partition]-p.offset)
+			s.Items[i].Lag += lag
+			if _, known := index[p]; lag > 0 && !known {
+				index[p] = len(behind)
+				behind = append(behind, p)
 			}
-			oldest[p] = time.Time{}
-			g.Go(func() error {
-				at, found, err := lags.Oldest(ctx, p.topic, p.partition, p.offset)
-				if err != nil {
-					return fmt.Errorf("find the oldest event that was not seen: %w", err)
-				}
-				if found {
-					mu.Lock()
-					defer mu.Unlock()
-					oldest[p] = at
-				}
-				return nil
-			})
 		}
+	}
+	oldest := make([]time.Time, len(behind)) // zero where there is nothing after all
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(8)
+	for i, p := range behind {
+		g.Go(func() (err error) {
+			if oldest[i], _, err = lags.Oldest(ctx, p.topic, p.partition, p.offset); err != nil {
+				return fmt.Errorf("find the oldest event that was not seen: %w", err)
+			}
+			return nil
+		})
 	}
 	if err := g.Wait(); err != nil {
 		return err
@@ -179,8 +175,8 @@ func (s *Status) measure(ctx context.Context, places [][]place, ends map[string]
 	now := time.Now()
 	for i, ps := range places {
 		for _, p := range ps {
-			if at := oldest[p]; !at.IsZero() {
-				s.Items[i].LagSeconds = max(s.Items[i].LagSeconds, math.Round(now.Sub(at).Seconds()*1000)/1000)
+			if n, lags := index[p]; lags && !oldest[n].IsZero() {
+				s.Items[i].LagSeconds = max(s.Items[i].LagSeconds, math.Round(now.Sub(oldest[n]).Seconds()*1000)/1000)
 			}
 		}
 	}

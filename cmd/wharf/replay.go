@@ -167,7 +167,7 @@ func (c *replayCmd) sentence(r replayed) string {
 		text = fmt.Sprintf("%s: build %d was made of %d events and not swapped in: it is the table %s, which is dropped after %s",
 			r.Name, r.Build, r.Events, r.Table, c.KeepBuilds)
 	}
-	if r.Comparison.Differences() > 0 {
+	if !r.Comparison.Same() {
 		return text + "\nIt differs from the one that was live. " + r.Comparison.String()
 	}
 	return text + fmt.Sprintf("; its %d rows are those of the live build (hash %s)", r.Comparison.Rows, r.Comparison.Hash)

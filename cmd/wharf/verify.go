@@ -35,7 +35,7 @@ func (c *verifyCmd) Run(ctx context.Context) error {
 			if !c.JSON {
 				fmt.Println(r.String())
 			}
-			if r.Differences() > 0 || r.Halted != "" {
+			if !r.Same() || r.Halted != "" {
 				wrong++
 			}
 		}

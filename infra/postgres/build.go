@@ -15,6 +15,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/jackc/pgx/v5/stdlib"
 	"github.com/pressly/goose/v3"
 
@@ -196,16 +197,53 @@ func point(ctx context.Context, tx pgx.Tx, m projections.Model, b build) error {
 	return nil
 }
 
-// repoint gives the live build's view the columns that this program's views have, if it has others of its own version.
-func repoint(ctx context.Context, tx pgx.Tx, m projections.Model, b build) error {
-	if b.version != m.Version {
-		return nil // another program's
+// repoint gives the live build's view the columns that this program's queries need, if it lacks some. A build of another
+// version keeps its columns, which are its own program's.
+func (e *Engine) repoint(ctx context.Context, conn *pgxpool.Conn, m projections.Model, b build) error {
+	for retry := (backoff{}); ; {
+		err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
+			if err := setLockTimeout(ctx, tx, swapLock); err != nil {
+				return err
+			}
+			if b.version == m.Version {
+				same, err := sameColumns(ctx, tx, m)
+				if err != nil || same {
+					return err
+				}
+				return point(ctx, tx, m, b)
+			}
+			return addStale(ctx, tx, b)
+		})
+		if !isCode(err, codeLockNotAvailable) || retry.tries == swapTries || !retry.sleep(ctx) {
+			return err
+		}
 	}
-	same, err := sameColumns(ctx, tx, m)
-	if err != nil || same {
+}
+
+// addStale appends the column to the view of a build whose columns this program does not know.
+func addStale(ctx context.Context, tx pgx.Tx, b build) error {
+	rows, err := tx.Query(ctx, `SELECT attname FROM pg_attribute
+		WHERE attrelid = to_regclass($1 || '.' || quote_ident($2)) AND attnum > 0 AND NOT attisdropped ORDER BY attnum`,
+		projections.ViewSchema, b.model)
+	if err != nil {
 		return err
 	}
-	return point(ctx, tx, m, b)
+	columns, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil || len(columns) == 0 || slices.Contains(columns, stale) {
+		return err
+	}
+	for i, c := range columns {
+		columns[i] = quote(c)
+	}
+	_, err = tx.Exec(ctx, fmt.Sprintf("CREATE OR REPLACE VIEW %s.%s AS SELECT %s, false AS %s FROM %s",
+		projections.ViewSchema, quote(b.model), strings.Join(columns, ", "), stale, b.table()))
+	return err
+}
+
+// setLockTimeout bounds how long the transaction waits for a lock, and so how long others queue up behind it.
+func setLockTimeout(ctx context.Context, tx pgx.Tx, d time.Duration) error {
+	_, err := tx.Exec(ctx, fmt.Sprintf("SET LOCAL lock_timeout = %d", d.Milliseconds()))
+	return err
 }
 
 // sameColumns says whether the model's view, if there is one, has the columns that it will have.
@@ -300,7 +338,7 @@ func (e *Engine) sweep(ctx context.Context) error {
 
 // drop removes the build, if the condition holds. No CASCADE: a view that still looks at the table must stop it.
 func drop(ctx context.Context, tx pgx.Tx, b build, condition string) error {
-	if _, err := tx.Exec(ctx, fmt.Sprintf("SET LOCAL lock_timeout = %d", dropLockTimeout.Milliseconds())); err != nil {
+	if err := setLockTimeout(ctx, tx, dropLockTimeout); err != nil {
 		return err
 	}
 	tag, err := tx.Exec(ctx, "DELETE FROM wharf.builds WHERE id = $1 AND "+condition, b.id)
@@ -315,7 +353,7 @@ func drop(ctx context.Context, tx pgx.Tx, b build, condition string) error {
 	return nil
 }
 
-const dropLockTimeout = time.Second
+const dropLockTimeout = 3 * time.Second // longer than a vacuum takes to give way
 
 // Codes of Postgres's errors.
 const (

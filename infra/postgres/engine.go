@@ -27,12 +27,13 @@ type Config struct {
 
 	// Optional.
 	Models   []projections.Model // projections.All
-	Interval time.Duration       // least time between two transactions of a busy task; 200 ms
+	Interval time.Duration       // how long a busy task collects for a transaction at most; 200 ms
 	Batch    int                 // most events in one transaction; 5,000
 	Grace    time.Duration       // how long a build that is not needed any more is kept for the queries on it; 1 minute
 	Keep     time.Duration       // how long the previous build is kept up to date, for a rollback; 1 hour
 	Verify   time.Duration       // between two verifications of all read models in the background; 0 for none
 	Pace     int                 // events a second that these read at most; 20,000
+	Park     int                 // events of one task that may be parked; with more it halts; 10,000
 	Poll     time.Duration       // between looks for builds that others have swapped in; 250 ms
 	Logger   *slog.Logger
 }
@@ -78,6 +79,9 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 	}
 	if c.Keep == 0 {
 		c.Keep = time.Hour
+	}
+	if c.Park == 0 {
+		c.Park = 10_000
 	}
 	if c.Pace == 0 {
 		c.Pace = 20_000
@@ -164,10 +168,13 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 	}
 	for _, m := range e.Models {
 		i := slices.IndexFunc(have, func(b build) bool { return b.model == m.Name })
-		err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
-			if i >= 0 {
-				return repoint(ctx, tx, m, have[i])
+		if i >= 0 {
+			if err := e.repoint(ctx, conn, m, have[i]); err != nil {
+				return fmt.Errorf("make the view of %s anew: %w", m.Name, err)
 			}
+			continue
+		}
+		err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
 			b, err := e.create(ctx, tx, m)
 			if err == nil {
 				err = finish(ctx, tx, m, b)
@@ -319,7 +326,7 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 		whileKept, cancel := context.WithCancel(ctx)
 		stop := context.AfterFunc(b.ctx, cancel)
 		began := time.Now()
-		err := e.follow(whileKept, m, b.build, partition)
+		epoch, err := e.follow(whileKept, m, b.build, partition)
 		var halt *haltError
 		switch {
 		case whileKept.Err() != nil: // swapped, or the end
@@ -327,7 +334,7 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 		case errors.As(err, &halt):
 			log.Error("a projection halts: it does not go on without help", "build", b.id, "err", err)
 			e.recordHalt(whileKept, b.build, partition, err, log)
-			<-whileKept.Done()
+			e.awaitRepair(whileKept, b.build, partition, epoch)
 		default:
 			if time.Since(began) > time.Minute {
 				retry = backoff{}
@@ -350,13 +357,26 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 	}
 }
 
-// follow runs one task on the build from its stored position on.
-func (e *Engine) follow(ctx context.Context, m projections.Model, b build, partition int32) error {
+// follow runs one task on the build from its stored position on. It returns the epoch in which it ended.
+func (e *Engine) follow(ctx context.Context, m projections.Model, b build, partition int32) (epoch int64, err error) {
 	t, err := e.load(ctx, e.pool, m, b, partition)
 	if err != nil {
-		return err
+		return 0, err
 	}
-	return t.run(ctx, nil)
+	defer t.showParked()()
+	err = t.run(ctx, nil)
+	return t.epoch, err
+}
+
+// awaitRepair returns when somebody has repaired the task since the epoch, or ctx ends.
+func (e *Engine) awaitRepair(ctx context.Context, b build, partition int32, epoch int64) {
+	for pause(ctx, 4*e.Poll) {
+		var now int64
+		row := e.pool.QueryRow(ctx, "SELECT epoch FROM wharf.tasks WHERE build = $1 AND partition = $2", b.id, partition)
+		if row.Scan(&now) == nil && now != epoch {
+			return
+		}
+	}
 }
 
 // recordHalt writes down why the task is halted, so that everybody can see it.
@@ -398,7 +418,7 @@ func (e *Engine) upgrade(ctx context.Context) {
 				e.Logger.Info("building a read model anew", "model", m.Name, "from", b.version, "to", m.Version)
 				// The rows differ on purpose: how is said in the log.
 				err := e.replay(ctx, m, ReplayOptions{Force: true}, func(p Progress) {
-					if p.Phase == PhaseSwapping && p.Comparison != nil && p.Comparison.Differences() > 0 {
+					if p.Phase == PhaseSwapping && p.Comparison != nil && !p.Comparison.Same() {
 						e.Logger.Info("the new build of a read model differs from the live one", "model", m.Name,
 							"difference", p.Comparison.String())
 					}

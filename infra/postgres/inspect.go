@@ -101,19 +101,9 @@ func read(ctx context.Context, r journal.Reader, topic string, partition int32, 
 // matcher says of a row's key whether it is meant by the text: that of the whole key, or the id of the stream that the
 // row tells of.
 func matcher(m projections.Model, text string) func(key any) bool {
-	stream := slices.IndexFunc(m.Columns[:m.Keys], func(c projections.Column) bool { return c.Name == m.Stream })
+	parsed, err := m.ParseKey(text)
 	return func(key any) bool {
-		if m.KeyText(key) == text {
-			return true
-		}
-		if stream < 0 || m.Keys == 1 {
-			return false
-		}
-		value := m.KeyValues(key)[stream]
-		if id, ok := value.([16]byte); ok {
-			value = uuid.UUID(id).String()
-		}
-		return value == text
+		return err == nil && key == parsed || m.Keys > 1 && streamOf(m, key) == text
 	}
 }
 
@@ -292,7 +282,7 @@ func (e *Engine) inspect(ctx context.Context, m projections.Model, part Part, pr
 		}
 		wanted = matcher(m, part.Key)
 	}
-	r, end, err := e.begin(ctx, m, progress)
+	r, end, err := e.begin(ctx, m, progress, anyone)
 	if err != nil {
 		return err
 	}

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
@@ -24,9 +25,6 @@ import (
 // goes on. The parked events and the task's position move in one transaction. Rows that miss an event are stale, which
 // their view says. A repair (RetryParked) applies the events in their order, after the program was mended;
 // DiscardParked gives one up, in this build and every later one.
-
-// maxParked is how many events of one task may be parked. With more it halts: so much is no exception any more.
-const maxParked = 10_000
 
 var parkedEvents = promauto.NewGaugeVec(prometheus.GaugeOpts{
 	Name: "wharf_projection_parked_events",
@@ -53,15 +51,31 @@ type place struct {
 	seq   int64
 }
 
-// keysOfParked are the keys that an event has when it is parked: its stream and the texts of its rows' keys.
+// keysOfParked are the keys that an event has when it is parked: its stream, the texts of its rows' keys, and the streams
+// that those rows tell of.
 func keysOfParked(m projections.Model, event touch) []string {
 	keys := []string{event.Stream}
 	for _, key := range event.keys {
-		if text := m.KeyText(key); !slices.Contains(keys, text) {
-			keys = append(keys, text)
+		for _, text := range []string{m.KeyText(key), streamOf(m, key)} {
+			if text != "" && !slices.Contains(keys, text) {
+				keys = append(keys, text)
+			}
 		}
 	}
 	return keys
+}
+
+// streamOf is the stream that the row of the key tells of, if it tells of one.
+func streamOf(m projections.Model, key any) string {
+	i := slices.IndexFunc(m.Columns[:m.Keys], func(c projections.Column) bool { return c.Name == m.Stream })
+	if i < 0 {
+		return ""
+	}
+	value := m.KeyValues(key)[i]
+	if id, ok := value.([16]byte); ok {
+		return uuid.UUID(id).String()
+	}
+	return fmt.Sprint(value)
 }
 
 // behind says whether the event must wait for one that is parked.
@@ -74,7 +88,10 @@ func (p *parked) behind(m projections.Model, event touch) bool {
 
 // park puts the event aside: for its error, or because it has to wait.
 func (t *task) park(event touch) error {
-	if t.parked.count >= maxParked {
+	if t.parked.count >= t.e.Park { // so much is no exception any more
+		if i := slices.Index(t.model.Topics, event.Topic); event.offset >= t.careful.offset(i) {
+			return &refusedError{errors.New("too many events are parked")} // store those before it first, one by one
+		}
 		return haltf("%d events are parked, and more are not kept: mend the program and retry them, or discard those that "+
 			"hold up the others (wharf parked)", t.parked.count)
 	}
@@ -94,7 +111,9 @@ func (p *parked) add(keys []string) {
 	for _, key := range keys {
 		p.keys[key] = true
 	}
-	p.gauge.Set(float64(p.count))
+	if p.gauge != nil {
+		p.gauge.Set(float64(p.count))
+	}
 }
 
 // queue adds the statement that stores the fresh ones.
@@ -114,9 +133,7 @@ func (p *parked) stored() { p.fresh = nil }
 
 // loadParked reads what is parked of the task, and what was given up of the model.
 func (t *task) loadParked(ctx context.Context) error {
-	t.parked = parked{keys: map[string]bool{},
-		gauge: parkedEvents.WithLabelValues(t.model.Name, t.build.state, strconv.Itoa(int(t.partition)))}
-	t.parked.gauge.Set(0)
+	t.parked = parked{keys: map[string]bool{}, gauge: t.parked.gauge}
 	rows, err := t.pool.Query(ctx, "SELECT keys FROM wharf.parked WHERE build = $1 AND partition = $2", t.build.id, t.partition)
 	if err != nil {
 		return err
@@ -154,6 +171,14 @@ type ParkedEvent struct {
 	ParkedAt time.Time       `json:"parked_at"`
 	Event    json.RawMessage `json:"event,omitempty"` // as it is told publicly
 	Data     string          `json:"data,omitempty"`
+}
+
+// showParked has a metric tell how much of the task is parked, until end is called.
+func (t *task) showParked() (end func()) {
+	labels := []string{t.model.Name, t.build.state, strconv.Itoa(int(t.partition))}
+	t.parked.gauge = parkedEvents.WithLabelValues(labels...)
+	t.parked.gauge.Set(float64(t.parked.count))
+	return func() { parkedEvents.DeleteLabelValues(labels...) }
 }
 
 // Parked lists what waits of the live and previous builds, those of one model if it is named, in the order in which the
@@ -209,8 +234,31 @@ var ErrNotParked = errors.New("no event is parked at that position")
 // DiscardParked gives up the parked event at the position: no build of the model ever applies it. What waited for it
 // waits until it is retried.
 func (e *Engine) DiscardParked(ctx context.Context, model, position string) error {
+	m, err := projections.Find(e.Models, model)
+	if err != nil {
+		return err
+	}
+	// A build in the making would not know of it.
+	r, end, err := e.open(ctx, m, func(Progress) {})
+	if err != nil {
+		return fmt.Errorf("discard %s of %s: %w", position, model, err)
+	}
+	defer end()
 	found := false
-	err := e.eachParked(ctx, model, func(m projections.Model, b build, partition int32) error {
+	if err = r.lockModel(ctx); err == nil {
+		found, err = e.discard(ctx, model, position)
+	}
+	if err == nil && !found {
+		err = ErrNotParked
+	}
+	if err != nil {
+		return fmt.Errorf("discard %s of %s: %w", position, model, err)
+	}
+	return nil
+}
+
+func (e *Engine) discard(ctx context.Context, model, position string) (found bool, err error) {
+	err = e.eachParked(ctx, model, func(m projections.Model, b build, partition int32) error {
 		return pgx.BeginFunc(ctx, e.pool, func(tx pgx.Tx) error {
 			if err := touchTask(ctx, tx, b, partition); err != nil {
 				return err
@@ -224,13 +272,7 @@ func (e *Engine) DiscardParked(ctx context.Context, model, position string) erro
 			return err
 		})
 	})
-	if err == nil && !found {
-		err = ErrNotParked
-	}
-	if err != nil {
-		return fmt.Errorf("discard %s of %s: %w", position, model, err)
-	}
-	return nil
+	return found, err
 }
 
 // eachParked calls f for each task of the live and the previous build that has parked events.
@@ -274,7 +316,7 @@ func (e *Engine) eachParked(ctx context.Context, model string, f func(projection
 // touchTask holds the task up until the transaction ends, and makes whoever runs it begin anew after that, because what
 // it has in memory is stale then.
 func touchTask(ctx context.Context, tx pgx.Tx, b build, partition int32) error {
-	_, err := tx.Exec(ctx, "UPDATE wharf.tasks SET epoch = epoch + 1 WHERE build = $1 AND partition = $2", b.id, partition)
+	_, err := tx.Exec(ctx, "UPDATE wharf.tasks SET epoch = epoch + 1, error = '' WHERE build = $1 AND partition = $2", b.id, partition)
 	return err
 }
 
@@ -309,6 +351,14 @@ func (e *Engine) repair(ctx context.Context, m projections.Model, b build, parti
 		}
 		t.parked = parked{keys: map[string]bool{}, gauge: t.parked.gauge}
 		for _, w := range list {
+			if i := slices.Index(m.Topics, w.event.Topic); t.discarded[place{i, w.event.Seq}] {
+				_, err := tx.Exec(ctx, "DELETE FROM wharf.parked WHERE build = $1 AND partition = $2 AND topic = $3 AND seq = $4",
+					b.id, partition, w.event.Topic, w.event.Seq)
+				if err != nil {
+					return err
+				}
+				continue
+			}
 			if key != "" && !slices.Contains(w.keys, key) {
 				t.parked.add(w.keys) // left alone, and waited for
 				continue
@@ -364,8 +414,9 @@ func (t *task) retry(ctx context.Context, tx pgx.Tx, recorded domain.Recorded) (
 	if err != nil || len(t.parked.fresh) == 0 {
 		return err == nil, err
 	}
-	_, err = tx.Exec(ctx, "UPDATE wharf.parked SET error = $5 WHERE build = $1 AND partition = $2 AND topic = $3 AND seq = $4",
-		t.build.id, t.partition, recorded.Topic, recorded.Seq, t.parked.fresh[0].err)
+	// The keys may be more now: those of rows that an event touches which could not be decoded before.
+	_, err = tx.Exec(ctx, "UPDATE wharf.parked SET error = $5, keys = $6 WHERE build = $1 AND partition = $2 AND topic = $3 AND seq = $4",
+		t.build.id, t.partition, recorded.Topic, recorded.Seq, t.parked.fresh[0].err, t.parked.fresh[0].keys)
 	t.parked.fresh = nil
 	return false, err
 }

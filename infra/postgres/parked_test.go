@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/uuid"
 
 	"wharf/domain"
 	"wharf/domain/inventory"
@@ -249,30 +252,167 @@ func TestAnEventOfSeveralRowsIsParkedAsAWhole(t *testing.T) {
 	}
 }
 
-// So many parked events are no exception any more: the task halts, and loses nothing.
+// So many parked events are no exception any more: the task halts, having stored what it parked, and goes on by itself once
+// they are repaired.
 func TestParkingIsBounded(t *testing.T) {
 	var broken atomic.Bool
 	broken.Store(true)
 	s := newShop()
-	s.tell("MUG", inventory.Adjusted{Delta: 13, Reason: "first"})
-	for range maxParked {
+	at := s.tell("MUG", inventory.Adjusted{Delta: 13, Reason: "first"})
+	for range 9 {
 		s.tell("MUG", inventory.Adjusted{Delta: 1, Reason: "more"})
 	}
 	pool := openTest(t)
-	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{shelf(1, &broken)} })
-	stop := start(t, e)
+	e := newEngine(t, pool, s, func(c *Config) { c.Models, c.Park = []projections.Model{shelf(1, &broken)}, 5 })
+	start(t, e)
 	eventually(t, "it halts", func() bool {
 		return one[int64](t, pool, "SELECT count(*) FROM wharf_read.builds WHERE error LIKE '%events are parked%'") == 1
 	})
-	stop()
-	broken.Store(false)
-	if _, err := e.RetryParked(t.Context(), "shelf", ""); err != nil {
+	if list, err := e.Parked(t.Context(), ""); err != nil || len(list) != 5 {
+		t.Errorf("%d events are parked: %v", len(list), err)
+	}
+	if err := e.DiscardParked(t.Context(), "shelf", at.String()); err != nil {
 		t.Fatal(err)
 	}
+	if done, err := e.RetryParked(t.Context(), "shelf", ""); err != nil || done != (Repaired{4, 0}) {
+		t.Errorf("retried: %+v, %v", done, err)
+	}
+	s.caughtUp(t, pool)
+	if got := shelves(t, e); got != "MUG 9 more" {
+		t.Errorf("the shelves are %q", got)
+	}
+}
+
+// What is gone over one by one is whole batches: of the topics of a batch some may be beyond what is gone over again.
+func TestAnEventAtFaultTakesNoOtherTopicsEventsWithIt(t *testing.T) {
+	both := projections.Define(projections.Spec[shelfKey, shelfRow]{
+		Name: "shelf", Version: 1,
+		Events: map[string]domain.Events{projections.InventoryTopic: inventory.Events, projections.OrdersTopic: orders.Events},
+		Keys:   func(e projections.Event) []shelfKey { return []shelfKey{{e.Stream}} },
+		Apply: func(_ shelfKey, r shelfRow, e projections.Event) shelfRow {
+			if f, ok := e.Fact.(inventory.Received); ok {
+				return shelfRow{r.Units + f.Quantity, ""}
+			}
+			return shelfRow{r.Units + 1, ""}
+		},
+	})
+	for _, bulk := range []bool{false, true} {
+		s := newShop()
+		other := ""
+		p := journal.Partition([]byte("MUG"), partitions)
+		for i := 0; other == ""; i++ {
+			if id := orderID(i); journal.Partition([]byte(id), partitions) == p {
+				other = id
+			}
+		}
+		for range 30 {
+			s.tell(other, orders.Placed{Customer: "C", Total: pounds(1)})
+		}
+		s.tell("MUG", inventory.Received{Quantity: 5})
+		s.tell("MUG", inventory.Received{Quantity: 1 << 40})
+		for range 10 {
+			s.tell("MUG", inventory.Received{Quantity: 1})
+		}
+		pool := openTest(t)
+		e := newEngine(t, pool, s, func(c *Config) {
+			c.Models = []projections.Model{both}
+			c.Source = func(topic string) journal.Reader {
+				return hesitant{s.reader(topic), &sync.Mutex{}, rand.New(rand.NewPCG(1, uint64(len(topic))))}
+			}
+		})
+		start(t, e)
+		s.caughtUp(t, pool)
+		if bulk {
+			if err := e.Replay(t.Context(), []string{"shelf"}, ReplayOptions{}, func(Progress) {}); err != nil {
+				t.Error(err)
+			}
+		}
+		want := fmt.Sprintf("%s 30 , MUG 5  stale", other)
+		if got := shelves(t, e); got != want && got != fmt.Sprintf("MUG 5  stale, %s 30 ", other) {
+			t.Errorf("bulk %v: the shelves are %q, want %q", bulk, got, want)
+		}
+		if n := one[int64](t, pool, "SELECT count(*) FROM wharf.parked k JOIN wharf.builds b ON b.id = k.build WHERE b.state = 'live'"); n != 11 {
+			t.Errorf("bulk %v: %d events are parked, want 11", bulk, n)
+		}
+	}
+}
+
+// A program that cannot apply what the live one has applied is no program to replay with.
+func TestAReplayThatParksMoreIsRefused(t *testing.T) {
+	var broken atomic.Bool
+	s := newShop()
+	s.tell("MUG", inventory.Received{Quantity: 5}, inventory.Adjusted{Delta: 13, Reason: "x"}, inventory.Received{Quantity: 5})
+	pool := openTest(t)
+	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{shelf(1, &broken)} })
 	start(t, e)
 	s.caughtUp(t, pool)
-	if got := shelves(t, e); got != fmt.Sprintf("MUG %d more", 13+maxParked) {
+	broken.Store(true)
+	var difference *DifferenceError
+	if err := e.Replay(t.Context(), []string{"shelf"}, ReplayOptions{}, func(Progress) {}); !errors.As(err, &difference) {
+		t.Errorf("the replay says %v", err)
+	}
+	if got := shelves(t, e); got != "MUG 23 x" {
 		t.Errorf("the shelves are %q", got)
+	}
+	err := e.Verify(t.Context(), []string{"shelf"}, func(Progress) {}, func(c Comparison) {
+		if c.Same() || c.Unapplied != 2 {
+			t.Errorf("the verification says %s", c.String())
+		}
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// What is given up stays so: a build in the making would not know of it, so nothing is given up beside one; and a retry
+// applies nothing that was given up by a program of another version.
+func TestWhatWasGivenUpStaysSo(t *testing.T) {
+	var broken atomic.Bool
+	broken.Store(true)
+	s := newShop()
+	s.tell("MUG", inventory.Received{Quantity: 5})
+	at := s.tell("MUG", inventory.Adjusted{Delta: 13, Reason: "x"})
+	pool := openTest(t)
+	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{shelf(1, &broken)} })
+	start(t, e)
+	s.caughtUp(t, pool)
+	err := e.Replay(t.Context(), []string{"shelf"}, ReplayOptions{}, func(p Progress) {
+		if p.Phase == PhaseIndexing {
+			if err := e.DiscardParked(t.Context(), "shelf", at.String()); !errors.Is(err, ErrReplaying) {
+				t.Errorf("discarded beside a replay: %v", err)
+			}
+		}
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if _, err := pool.Exec(t.Context(), "INSERT INTO wharf.discarded (model, partition, topic, seq) VALUES ('shelf', $1, $2, $3)",
+		at.Partition, at.Topic, at.Seq); err != nil {
+		t.Fatal(err)
+	}
+	broken.Store(false)
+	if done, err := e.RetryParked(t.Context(), "shelf", ""); err != nil || done != (Repaired{0, 0}) {
+		t.Errorf("retried: %+v, %v", done, err)
+	}
+	if got := shelves(t, e); got != "MUG 5 " {
+		t.Errorf("the shelves are %q", got)
+	}
+}
+
+// The history of an order is stale while an event of a SKU waits that tells of the order.
+func TestAHistoryThatMissesAnEventIsStale(t *testing.T) {
+	s := newShop()
+	id := orderID(1)
+	s.tell(id, orders.Placed{Customer: "C", Total: pounds(5)})
+	s.tell(orderID(2), orders.Placed{Customer: "C", Total: pounds(5)})
+	s.raw(projections.InventoryTopic, "CUP", "stock.reserved.v1", `{"quantity": broken`)
+	s.tell("CUP", inventory.Reserved{Order: uuid.MustParse(id), Quantity: 1})
+	pool := openTest(t)
+	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{projections.History} })
+	start(t, e)
+	s.caughtUp(t, pool)
+	if got := one[string](t, pool, "SELECT string_agg(order_id::text, ',') FROM wharf_read.history WHERE stale"); got != id {
+		t.Errorf("stale is the history of %s, want %s", got, id)
 	}
 }
 

@@ -3,6 +3,7 @@ package postgres
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -19,14 +20,19 @@ type Positions struct {
 	look time.Duration // between two questions
 
 	mu      sync.Mutex
-	seen    map[seenAt]int64
+	seen    map[seenAt]int64 // as of asked
+	asked   time.Time
 	waiting map[*waiter]struct{}
 	asking  bool
 }
 
+// fresh is for how long an answer of the database is taken for the present: it may lose what it has not flushed, or be made
+// anew.
+const fresh = 100 * time.Millisecond
+
 // NewPositions reads from the pool, which may be one for queries.
 func NewPositions(pool querier) *Positions {
-	return &Positions{pool: pool, look: 5 * time.Millisecond, seen: map[seenAt]int64{}, waiting: map[*waiter]struct{}{}}
+	return &Positions{pool: pool, look: 5 * time.Millisecond, waiting: map[*waiter]struct{}{}}
 }
 
 // seenAt is a partition as a read model sees it.
@@ -37,15 +43,18 @@ type seenAt struct {
 
 type waiter struct {
 	seenAt
-	seq  int64
-	done chan struct{}
+	seq    int64
+	done   chan struct{} // closed when it is there
+	looked chan struct{} // closed when it has been looked at once
+	once   bool
+	seen   int64
 }
 
 // Wait implements projections.Positions.
-func (p *Positions) Wait(ctx context.Context, model string, at domain.Position) error {
-	w := &waiter{seenAt{model, at.Topic, at.Partition}, at.Seq, make(chan struct{})}
+func (p *Positions) Wait(ctx context.Context, model string, at domain.Position, most time.Duration) error {
+	w := &waiter{seenAt: seenAt{model, at.Topic, at.Partition}, seq: at.Seq, done: make(chan struct{}), looked: make(chan struct{})}
 	p.mu.Lock()
-	if p.seen[w.seenAt] >= w.seq { // a swap never goes back
+	if p.seen[w.seenAt] >= w.seq && time.Since(p.asked) < fresh {
 		p.mu.Unlock()
 		return nil
 	}
@@ -55,18 +64,27 @@ func (p *Positions) Wait(ctx context.Context, model string, at domain.Position) 
 		go p.ask()
 	}
 	p.mu.Unlock()
+	enough := time.NewTimer(most)
+	defer enough.Stop()
+	select {
+	case <-w.looked: // however short the wait is to be
+	case <-ctx.Done():
+	}
 	select {
 	case <-w.done:
 		return nil
+	case <-enough.C:
 	case <-ctx.Done():
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.waiting, w)
-	if p.seen[w.seenAt] >= w.seq {
+	select {
+	case <-w.done:
 		return nil
+	default:
+		return &projections.BehindError{Model: model, Wanted: at, Seen: w.seen}
 	}
-	return &projections.BehindError{Model: model, Wanted: at, Seen: p.seen[w.seenAt]}
 }
 
 // ask goes on for as long as anybody waits.
@@ -78,26 +96,30 @@ func (p *Positions) ask() {
 			p.mu.Unlock()
 			return
 		}
-		models := map[string]bool{}
-		var names []string
+		var models []string
+		asked := make([]*waiter, 0, len(p.waiting))
 		for w := range p.waiting {
-			if !models[w.model] {
-				models[w.model] = true
-				names = append(names, w.model)
+			asked = append(asked, w)
+			if !slices.Contains(models, w.model) {
+				models = append(models, w.model)
 			}
 		}
 		p.mu.Unlock()
-		now, err := p.read(names)
+		began := time.Now()
+		now, err := p.read(models)
 		p.mu.Lock()
 		if err == nil {
-			for at, seq := range now {
-				p.seen[at] = max(p.seen[at], seq)
-			}
+			p.seen, p.asked = now, began
 		}
-		for w := range p.waiting {
-			if p.seen[w.seenAt] >= w.seq {
+		for _, w := range asked {
+			w.seen = now[w.seenAt]
+			if _, waits := p.waiting[w]; waits && w.seen >= w.seq {
 				delete(p.waiting, w)
 				close(w.done)
+			}
+			if !w.once {
+				w.once = true
+				close(w.looked)
 			}
 		}
 		p.mu.Unlock()

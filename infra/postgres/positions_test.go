@@ -10,6 +10,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -90,11 +91,11 @@ func TestManyWaitForOneQuestion(t *testing.T) {
 			var err error
 			switch i % 3 {
 			case 0:
-				err = p.Wait(t.Context(), "stock", at)
+				err = p.Wait(t.Context(), "stock", at, time.Minute)
 			case 1:
-				err = p.Wait(t.Context(), "stock", next)
+				err = p.Wait(t.Context(), "stock", next, time.Minute)
 			default:
-				err = p.Wait(ctx, "stock", never)
+				err = p.Wait(ctx, "stock", never, time.Minute)
 				var b *projections.BehindError
 				if errors.As(err, &b) && strings.Contains(err.Error(), "has seen 0 events") {
 					behind.Add(1)
@@ -106,11 +107,11 @@ func TestManyWaitForOneQuestion(t *testing.T) {
 			}
 		})
 	}
-	if err := p.Wait(t.Context(), "stock", at); err != nil {
+	if err := p.Wait(t.Context(), "stock", at, time.Minute); err != nil {
 		t.Error(err)
 	}
 	s.tell("MUG", inventory.Received{Quantity: 1})
-	if err := p.Wait(t.Context(), "stock", next); err != nil {
+	if err := p.Wait(t.Context(), "stock", next, time.Minute); err != nil {
 		t.Error(err)
 	}
 	cancel()
@@ -216,5 +217,33 @@ func TestAPartIsBuiltForInspection(t *testing.T) {
 	}
 	if n := one[int64](t, pool, "SELECT count(*) FROM wharf_read.orders"); n != 2 {
 		t.Errorf("there are %d live orders", n)
+	}
+}
+
+// However short the wait, an answer is about the present: what is there is found, and what is there no more is not.
+func TestAWaitLooksAtLeastOnce(t *testing.T) {
+	s := newShop()
+	at := s.tell("MUG", inventory.Received{Quantity: 1})
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	stop := start(t, e)
+	s.caughtUp(t, pool)
+	for range 20 {
+		if err := NewPositions(pool).Wait(t.Context(), "stock", at, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := NewPositions(pool)
+	if err := p.Wait(t.Context(), "stock", at, 0); err != nil {
+		t.Fatal(err)
+	}
+	stop()
+	// A database that crashed may have lost its last moment.
+	if _, err := pool.Exec(t.Context(), "UPDATE wharf.tasks SET seqs = array_fill(0, ARRAY[cardinality(seqs)])"); err != nil {
+		t.Fatal(err)
+	}
+	p.asked = p.asked.Add(-fresh)
+	if err := p.Wait(t.Context(), "stock", at, 0); err == nil {
+		t.Error("a position that was lost is taken for seen")
 	}
 }

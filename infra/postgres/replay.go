@@ -93,14 +93,11 @@ func (e *Engine) Replay(ctx context.Context, names []string, o ReplayOptions, pr
 
 // replay is one model's.
 func (e *Engine) replay(ctx context.Context, m projections.Model, o ReplayOptions, progress func(Progress)) (err error) {
-	r, end, err := e.begin(ctx, m, progress)
+	r, end, err := e.begin(ctx, m, progress, (*replay).lockModel)
 	if err != nil {
 		return err
 	}
 	defer end(&err)
-	if err := r.lockModel(ctx); err != nil {
-		return err
-	}
 	if err := r.fill(ctx); err != nil {
 		return err
 	}
@@ -114,7 +111,7 @@ func (e *Engine) replay(ctx context.Context, m projections.Model, o ReplayOption
 		return fmt.Errorf("compare it with the live build: %w", err)
 	}
 	r.report.Comparison, r.report.Table = &c, r.build.table()
-	if c.Differences() > 0 && !o.Force && !o.NoSwap {
+	if !c.Same() && !o.Force && !o.NoSwap {
 		return &DifferenceError{c}
 	}
 	if o.NoSwap {
@@ -239,14 +236,19 @@ func (e *Engine) open(ctx context.Context, m projections.Model, progress func(Pr
 	}
 	r := &replay{e: e, model: m, pool: pool, conn: conn, report: Progress{Model: m.Name, Partitions: e.Partitions}, progress: progress}
 	return r, func() {
-		// A connection that is closed gives its locks back.
-		_ = conn.Hijack().Close(context.WithoutCancel(ctx))
+		// Who begins next must not find its locks; a connection that is closed gives them back, too, but a moment later.
+		unlocking, cancel := context.WithTimeout(context.WithoutCancel(ctx), connectTimeout)
+		defer cancel()
+		_, _ = conn.Exec(unlocking, "SELECT pg_advisory_unlock_all()")
+		_ = conn.Hijack().Close(unlocking)
 		pool.Close()
 	}, nil
 }
 
-// begin makes an empty build. end gives everything back, and drops the build if there was an error.
-func (e *Engine) begin(ctx context.Context, m projections.Model, progress func(Progress)) (r *replay, end func(*error), err error) {
+// begin makes an empty build, if the caller may. end gives everything back, and drops the build if there was an error.
+func (e *Engine) begin(ctx context.Context, m projections.Model, progress func(Progress), may func(*replay, context.Context) error) (
+	r *replay, end func(*error), err error,
+) {
 	// What was left unfinished would only be in the way.
 	if err := e.sweep(ctx); err != nil {
 		return nil, nil, err
@@ -260,6 +262,10 @@ func (e *Engine) begin(ctx context.Context, m projections.Model, progress func(P
 			*err = errors.Join(*err, r.abandon(ctx))
 		}
 		closeAll()
+	}
+	if err = may(r, ctx); err != nil {
+		end(&err)
+		return nil, nil, err
 	}
 	err = pgx.BeginFunc(ctx, r.conn, func(tx pgx.Tx) (err error) {
 		if r.build, err = e.create(ctx, tx, m); err != nil {
@@ -278,6 +284,9 @@ func (e *Engine) begin(ctx context.Context, m projections.Model, progress func(P
 	}
 	return r, end, nil
 }
+
+// anyone may make a build that is not to be swapped in.
+func anyone(*replay, context.Context) error { return nil }
 
 // lockModel keeps everybody else from swapping a build of the model. The connection holds the lock for as long as it
 // lives, and the swap is done on it: who lost the lock cannot swap.
@@ -422,7 +431,7 @@ func (r *replay) meet(ctx context.Context, f func(tx pgx.Tx, live build) error) 
 
 func (r *replay) tryToMeet(ctx context.Context, f func(tx pgx.Tx, live build) error) error {
 	return pgx.BeginFunc(ctx, r.conn, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, fmt.Sprintf("SET LOCAL lock_timeout = %d", swapLock.Milliseconds())); err != nil {
+		if err := setLockTimeout(ctx, tx, swapLock); err != nil {
 			return err
 		}
 		old, until, err := r.livePositions(ctx, tx, "FOR UPDATE OF t")

@@ -47,7 +47,9 @@ type task struct {
 	parked    parked
 	discarded map[place]bool            // events that an operator gave up
 	careful   position                  // up to here, events go one by one, to find the one whose rows the table refuses
+	tried     position                  // what the last batch went up to
 	last      time.Time                 // when the last transaction was begun
+	took      time.Duration             // a transaction, lately
 	moved     func(events, bytes int64) // told of progress; may be nil
 	log       *slog.Logger
 }
@@ -117,6 +119,9 @@ const (
 	batchBytes = 8 << 20
 	cachedRows = 500
 
+	// A busy task leaves so many times what a transaction takes between the beginnings of two: where transactions are
+	// quick, rows are there in a moment; where they are not, each has more in it.
+	flushShare = 20
 	// A position without rows is stored that many times more rarely than one with rows.
 	emptyIntervals = 5
 )
@@ -131,10 +136,13 @@ func (t *task) run(ctx context.Context, until []int64) error {
 	for {
 		err := t.follow(ctx, until)
 		var refused *refusedError
-		if !errors.As(err, &refused) {
+		if !errors.As(err, &refused) && !errors.Is(err, errMoved) {
 			return err
 		}
-		upTo := t.at
+		upTo := t.at.clone()
+		for i := range upTo.offsets {
+			upTo.offsets[i] = max(upTo.offsets[i], t.careful.offset(i), t.tried.offset(i))
+		}
 		if err := t.reload(ctx); err != nil {
 			return err
 		}
@@ -312,7 +320,7 @@ func (t *task) collect(ctx context.Context, chunks <-chan chunk, until []int64) 
 		return b, ctx.Err()
 	}
 	for b.halt == nil && b.events < t.limits.events && b.bytes < t.limits.bytes && !b.at.passed(until) {
-		interval := t.e.Interval
+		interval := min(flushShare*t.took, t.e.Interval)
 		if b.events == 0 { // nothing to show but that there was nothing
 			interval *= emptyIntervals
 		}
@@ -339,6 +347,14 @@ func (t *task) collect(ctx context.Context, chunks <-chan chunk, until []int64) 
 
 // fold applies the batch to the rows in memory.
 func (t *task) fold(ctx context.Context, b batch) error {
+	t.tried = b.at
+	for _, c := range b.chunks {
+		if t.at.offsets[c.topic] < t.careful.offset(c.topic) {
+			// One topic may be beyond what the others have yet to go over: all or none of a batch goes one by one.
+			t.careful = b.at.clone()
+			break
+		}
+	}
 	touches := make([]touch, 0, b.events)
 	for _, c := range b.chunks {
 		for _, event := range c.events {
@@ -402,19 +418,24 @@ func (t *task) takeOne(ctx context.Context, topic int, event touch) error {
 	if !errors.As(err, &refused) {
 		return err
 	}
-	upTo := t.careful
+	before := t.stored
 	if err := t.reload(ctx); err != nil {
 		return err
 	}
-	t.careful = upTo
-	if t.at.offsets[topic] > event.offset {
-		return errMoved
+	if !slices.Equal(t.at.offsets, before.offsets) || t.at.offsets[topic] > event.offset {
+		return errMoved // there was more in memory than this event, or somebody else is at work: once more from there
 	}
 	event.err = refused
 	if err := t.park(event); err != nil {
 		return err
 	}
-	return store()
+	if err := store(); err != nil {
+		if errors.As(err, &refused) {
+			return &haltError{fmt.Errorf("an event cannot be parked: %w", err)}
+		}
+		return err
+	}
+	return nil
 }
 
 func (p position) offset(topic int) int64 {
@@ -595,6 +616,7 @@ func (t *task) flush(ctx context.Context) error {
 	if err != nil {
 		return t.failed(err)
 	}
+	t.took += (time.Since(t.last) - t.took) / 8
 	t.at.skipped = 0
 	t.stored = t.at.clone()
 	t.rows.flushed(t.model.Append)
@@ -602,12 +624,15 @@ func (t *task) flush(ctx context.Context) error {
 	return nil
 }
 
+// refusals are the classes of errors that are the row's own: of data, of constraints, of what a program may ask for.
+var refusals = []string{"22", "23", "54"}
+
 // failed says what an error of a transaction that wrote rows means.
 func (t *task) failed(err error) error {
 	var pg *pgconn.PgError
-	refused := errors.As(err, &pg) && (strings.HasPrefix(pg.Code, "22") || strings.HasPrefix(pg.Code, "23"))
+	refused := errors.As(err, &pg) && slices.Contains(refusals, pg.Code[:min(2, len(pg.Code))])
 	// A value that does not even fit the column's type is found by pgx, which has no type for that error.
-	if refused || strings.Contains(err.Error(), "encode") && !pgconn.SafeToRetry(err) {
+	if refused || strings.Contains(err.Error(), "failed to encode args[") || strings.Contains(err.Error(), "unable to encode ") {
 		return &refusedError{fmt.Errorf("%s cannot hold a row: %w", t.build.table(), err)}
 	}
 	return fmt.Errorf("write rows of %s: %w", t.model.Name, err)

@@ -268,3 +268,88 @@ func (s *shop) near(t *testing.T, pool *pgxpool.Pool) {
 	t.Helper()
 	eventually(t, "live projection comes near", func() bool { return s.lag(t, pool, live) < 500 })
 }
+
+// The views of a release before get their new column without making queries queue behind somebody who reads for long.
+func TestASetUpGivesWayToALongQuery(t *testing.T) {
+	s := newShop()
+	s.order(1, 1)
+	pool := openTest(t)
+	newEngine(t, pool, s)
+	id := one[int64](t, pool, "SELECT id FROM wharf.builds WHERE model = 'ledger'")
+	if _, err := pool.Exec(t.Context(), fmt.Sprintf(`DROP VIEW wharf_read.ledger;
+		CREATE VIEW wharf_read.ledger AS SELECT partition, account, currency, balance FROM wharf_build_%d.ledger`, id)); err != nil {
+		t.Fatal(err)
+	}
+	reader, err := pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := reader.Exec(t.Context(), "SELECT count(*) FROM wharf_read.ledger"); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	other := New(openURL(t, pool.Config().ConnString()), Config{Source: s.reader, Partitions: partitions})
+	go func() { done <- other.Setup(context.Background()) }()
+	waiting := "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'relation'"
+	eventually(t, "the set-up waits", func() bool { return one[int64](t, pool, waiting) > 0 })
+	for range 20 {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		if _, err := pool.Exec(ctx, "SELECT count(*) FROM wharf_read.ledger"); err != nil {
+			t.Errorf("a query behind the set-up: %v", err)
+		}
+		cancel()
+	}
+	if err := reader.Rollback(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	_ = one[bool](t, pool, "SELECT coalesce(bool_or(stale), false) FROM wharf_read.ledger")
+}
+
+// A snapshot is begun when it is needed: reading what came in meanwhile may take longer than a transaction may be idle.
+func TestAVerificationHoldsNoTransactionWhileItReads(t *testing.T) {
+	s := newShop()
+	s.order(1, 1)
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	start(t, e)
+	s.caughtUp(t, pool)
+	idle := "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction' AND query ILIKE '%repeatable read%'"
+	var most int64
+	checker := newEngine(t, openURL(t, pool.Config().ConnString()), s, func(c *Config) {
+		c.Source = func(topic string) journal.Reader {
+			return watching{s.reader(topic), func() { most = max(most, one[int64](t, pool, idle)) }}
+		}
+	})
+	meanwhile := sync.OnceFunc(func() {
+		s.order(2, 1)
+		s.caughtUp(t, pool)
+	})
+	err := checker.Verify(t.Context(), []string{"sales"}, func(p Progress) {
+		if p.Phase == PhaseVerifying {
+			meanwhile()
+		}
+	}, func(Comparison) {})
+	if err != nil || most > 0 {
+		t.Errorf("%d transactions were idle while the log was read: %v", most, err)
+	}
+}
+
+// watching looks at something whenever it reads.
+type watching struct {
+	journal.Reader
+	look func()
+}
+
+var watchingOne sync.Mutex
+
+func (r watching) Read(ctx context.Context, p int32, from int64, f func(journal.Batch) error) error {
+	return r.Reader.Read(ctx, p, from, func(b journal.Batch) error {
+		watchingOne.Lock()
+		r.look()
+		watchingOne.Unlock()
+		return f(b)
+	})
+}

@@ -36,7 +36,7 @@ func TestTokensAreOpaqueAndChecked(t *testing.T) {
 			t.Errorf("%q is %q", bad, got)
 		}
 	}
-	r := &http.Request{Header: http.Header{tokenHeader: {token, token}}}
+	r := &http.Request{Method: http.MethodGet, Header: http.Header{tokenHeader: {token, token}}}
 	if p := here.openToken(r); p == nil {
 		t.Error("two tokens are one")
 	}

@@ -2,6 +2,8 @@
 -- back; builds that are for inspection; events that wait because they, or one before them, could not be applied.
 
 -- +goose Up
+SET LOCAL lock_timeout = '3s'; -- rather fail, and be tried again, than make queries queue behind this
+
 DROP VIEW wharf_read.builds;
 
 ALTER TABLE wharf.builds
@@ -9,7 +11,7 @@ ALTER TABLE wharf.builds
     ADD CONSTRAINT builds_state_check CHECK (state IN ('building', 'live', 'previous', 'scratch', 'retired')),
     ADD COLUMN made_by text NOT NULL DEFAULT '',
     ADD COLUMN keep_until timestamptz NOT NULL DEFAULT now(), -- of a build that is previous, scratch or retired
-    DROP COLUMN retired_at;
+    ADD COLUMN verified_at timestamptz NOT NULL DEFAULT now(); -- or made, which begins with the same
 CREATE UNIQUE INDEX one_previous_build ON wharf.builds (model) WHERE state = 'previous';
 
 ALTER TABLE wharf.tasks
@@ -45,7 +47,20 @@ CREATE TABLE wharf.discarded (
     PRIMARY KEY (model, partition, topic, seq)
 );
 
-DROP FUNCTION wharf.advance;
+-- Programs from before this file, which know no epoch, go on as long as nobody has raised it.
+-- +goose StatementBegin
+CREATE OR REPLACE FUNCTION wharf.advance(b bigint, p int, in_state text, old_offsets bigint[], old_seqs bigint[],
+    new_offsets bigint[], new_seqs bigint[], more_skipped bigint) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE wharf.tasks SET offsets = new_offsets, seqs = new_seqs, skipped = skipped + more_skipped, error = ''
+    WHERE build = b AND partition = p AND epoch = 0 AND offsets = old_offsets AND seqs = old_seqs
+      AND EXISTS (SELECT FROM wharf.builds WHERE id = b AND state = in_state);
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'the task of build % in partition % is not where its owner thinks', b, p USING ERRCODE = 'WH001';
+    END IF;
+END $$;
+-- +goose StatementEnd
+
 -- advance moves a task on by compare-and-set. It fails, and with it the transaction that writes the rows, when the task
 -- is not where its owner thinks, or the build is not what its owner takes it for.
 -- +goose StatementBegin
