@@ -41,21 +41,23 @@ const (
 
 // Consistency are the headers by which a query reads its caller's writes. Embed it in a query's input.
 type Consistency struct {
-	Token  string `header:"Consistency-Token" maxLength:"400" doc:"Of a command: the answer will contain what it did, on any replica; or 503 if that takes too long. Opaque."`
+	Token  string `header:"Consistency-Token" maxLength:"400" doc:"Of a command: the answer will contain what it did, on any replica, or say that it is stale where that could not be applied; or 503 if it takes too long. Opaque."`
 	Prefer string `header:"Prefer" maxLength:"200" doc:"wait=N: for how many seconds to wait for the token's position, 2 if not given, 8 at most."`
 
 	position domain.Position
 	wait     time.Duration
 }
 
-var preferWait = regexp.MustCompile(`(?i)(?:^|[,;\s])wait\s*=\s*"?([0-9]{1,9})"?\s*(?:$|[,;])`)
+var preferWait = regexp.MustCompile(`(?i)(?:^|[,;\s])wait\s*=\s*"?([0-9]+)"?\s*(?:$|[,;])`)
 
 // Resolve implements huma.Resolver.
 func (c *Consistency) Resolve(ctx huma.Context) []error {
 	c.wait = defaultWait
 	if found := preferWait.FindStringSubmatch(c.Prefer); found != nil { // other preferences are not for us to judge
-		n, _ := strconv.Atoi(found[1])
-		c.wait = min(time.Duration(n)*time.Second, maxWait)
+		c.wait = maxWait
+		if n, err := strconv.Atoi(found[1]); err == nil && n < int(maxWait/time.Second) {
+			c.wait = time.Duration(n) * time.Second
+		}
 	}
 	if c.Token == "" {
 		return nil

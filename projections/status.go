@@ -1,12 +1,14 @@
 package projections
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"math"
 	"net/http"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/danielgtaylor/huma/v2"
@@ -58,7 +60,7 @@ type BuildStatus struct {
 	Position map[string]int64 `json:"position" doc:"How many events of each topic it has seen, in all partitions together."`
 	Lag      int64            `json:"lag" doc:"Events it has not seen yet."`
 
-	LagSeconds float64 `json:"lag_seconds" doc:"How old the oldest event is that it has not seen; 0 if there is none."`
+	LagSeconds float64 `json:"lag_seconds" doc:"How old the oldest event is that it has not seen, where it lags the most; 0 if there is none."`
 	Rate       float64 `json:"rate" doc:"Events a second, lately."`
 	Parked     int64   `json:"parked" doc:"Events that could not be applied, and that wait for one of those."`
 	Skipped    int64   `json:"skipped,omitempty" doc:"Records that nobody could read, and that were left out."`
@@ -117,9 +119,9 @@ func ReadStatus(ctx context.Context, db DB, lags Lags) (Status, error) {
 	if err := g.Wait(); err != nil {
 		return s, err
 	}
-	err = s.measure(ctx, places, ends, lags)
+	s.measure(ctx, places, ends, lags)
 	s.attachPrevious()
-	return s, err
+	return s, nil
 }
 
 const statePrevious = "previous"
@@ -144,50 +146,56 @@ type place struct {
 	offset    int64
 }
 
-// measure fills in how far each item is behind, given where it is and where the topics end.
-func (s *Status) measure(ctx context.Context, places [][]place, ends map[string]map[int32]int64, lags Lags) error {
-	index := map[place]int{}
-	var behind []place
+// How old events are is worth a look at a few of the places that lag the most, and no more than a moment.
+const (
+	placesLooked = 3
+	lookFor      = time.Second
+)
+
+// measure fills in how far each item is behind, given where it is and where the topics end. How old what it has not seen is
+// takes a look into the log, which is left out where it takes too long.
+func (s *Status) measure(ctx context.Context, places [][]place, ends map[string]map[int32]int64, lags Lags) {
+	ctx, cancel := context.WithTimeout(ctx, lookFor)
+	defer cancel()
+	lagOf := func(p place) int64 { return max(0, ends[p.topic][p.partition]-p.offset) }
+	oldest := make([][]time.Time, len(places))
+	var looking sync.WaitGroup
 	for i, ps := range places {
 		for _, p := range ps {
-			lag := max(0, ends[p.topic][p.partition]-p.offset)
-			s.Items[i].Lag += lag
-			if _, known := index[p]; lag > 0 && !known {
-				index[p] = len(behind)
-				behind = append(behind, p)
+			s.Items[i].Lag += lagOf(p)
+		}
+		if s.Items[i].State != StateLive && s.Items[i].State != StateHalted {
+			continue
+		}
+		behind := slices.SortedFunc(slices.Values(ps), func(a, b place) int { return cmp.Compare(lagOf(b), lagOf(a)) })
+		behind = behind[:min(len(behind), placesLooked)]
+		oldest[i] = make([]time.Time, len(behind))
+		for n, p := range behind {
+			if lagOf(p) > 0 {
+				looking.Go(func() {
+					if at, found, err := lags.Oldest(ctx, p.topic, p.partition, p.offset); err == nil && found {
+						oldest[i][n] = at
+					}
+				})
 			}
 		}
 	}
-	oldest := make([]time.Time, len(behind)) // zero where there is nothing after all
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(8)
-	for i, p := range behind {
-		g.Go(func() (err error) {
-			if oldest[i], _, err = lags.Oldest(ctx, p.topic, p.partition, p.offset); err != nil {
-				return fmt.Errorf("find the oldest event that was not seen: %w", err)
-			}
-			return nil
-		})
-	}
-	if err := g.Wait(); err != nil {
-		return err
-	}
+	looking.Wait()
 	now := time.Now()
-	for i, ps := range places {
-		for _, p := range ps {
-			if n, lags := index[p]; lags && !oldest[n].IsZero() {
-				s.Items[i].LagSeconds = max(s.Items[i].LagSeconds, math.Round(now.Sub(oldest[n]).Seconds()*1000)/1000)
+	for i := range places {
+		for _, at := range oldest[i] {
+			if !at.IsZero() {
+				s.Items[i].LagSeconds = max(s.Items[i].LagSeconds, math.Round(now.Sub(at).Seconds()*1000)/1000)
 			}
 		}
 	}
-	return nil
 }
 
 // readBuilds fills in the items but for their lag, and says where each is in each partition.
 func (s *Status) readBuilds(ctx context.Context, db DB) (places [][]place, err error) {
 	rows, err := db.Query(ctx, `SELECT id, model, version, state, topics, partition, offsets, seqs, skipped, error, trouble,
 			rate, parked, keep_until
-		FROM wharf_read.builds WHERE state <> 'scratch' ORDER BY model, id, partition`)
+		FROM wharf_read.builds WHERE state <> 'scratch' AND purpose = 'replay' ORDER BY model, id, partition`)
 	if err != nil {
 		return nil, err
 	}

@@ -88,9 +88,12 @@ func run(args []string) int {
 	err = parsed.Run()
 	var by interrupted
 	switch {
-	case errors.As(context.Cause(ctx), &by) && (err == nil || errors.Is(err, context.Canceled)):
-		if by.signal == syscall.SIGTERM && err == nil {
+	case errors.As(context.Cause(ctx), &by) && (err == nil || errors.Is(err, context.Canceled) || by.signal == os.Interrupt):
+		if err == nil && by.signal == syscall.SIGTERM {
 			return 0 // a server that was told to stop, and did
+		}
+		if err != nil {
+			fmt.Fprintf(os.Stderr, "wharf %s: interrupted\n", commandName(parsed.Command()))
 		}
 		return exitInterrupted
 	case err != nil:

@@ -40,6 +40,10 @@ func (c *parkedListCmd) Run(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		discarded, err := engine.DiscardedEvents(ctx, c.Model)
+		if err != nil {
+			return err
+		}
 		policies := []projections.PolicyLag{}
 		if c.Model == "" {
 			if policies, err = (lags{client, engine.Partitions}).Policies(ctx); err != nil {
@@ -48,10 +52,10 @@ func (c *parkedListCmd) Run(ctx context.Context) error {
 			policies = slices.DeleteFunc(policies, func(p projections.PolicyLag) bool { return len(p.Parked) == 0 })
 		}
 		if c.JSON {
-			if list == nil {
-				list = []postgres.ParkedEvent{}
-			}
-			return printJSON(map[string]any{"items": list, "policies": policies})
+			return printJSON(map[string]any{"items": list, "policies": policies, "discarded": discarded})
+		}
+		for _, d := range discarded {
+			fmt.Printf("%s: %s was given up at %s\n", d.Model, d.Position, d.At.Format(time.RFC3339))
 		}
 		if len(list)+len(policies) == 0 {
 			fmt.Println("nothing is parked")
@@ -86,11 +90,19 @@ type parkedEventArgs struct {
 	storesFlag
 }
 
+func (a parkedEventArgs) check() error {
+	_, err := modelsOf([]string{a.Model})
+	if err == nil {
+		_, err = momentOf("the position", &a.Position)
+	}
+	return err
+}
+
 type parkedShowCmd struct{ parkedEventArgs }
 
 // Run implements the subcommand.
 func (c *parkedShowCmd) Run(ctx context.Context) error {
-	if _, err := modelsOf([]string{c.Model}); err != nil {
+	if err := c.check(); err != nil {
 		return err
 	}
 	return c.withEngine(ctx, "wharf-parked", time.Hour, func(_ *kafka.Client, engine *postgres.Engine) error {
@@ -130,7 +142,7 @@ func (c *parkedRetryCmd) Run(ctx context.Context) error {
 			fmt.Printf("%s: %d events were applied, %d wait still\n", c.Model, done.Applied, done.Waiting)
 		}
 		if err == nil && done.Applied == 0 && done.Waiting > 0 {
-			err = errors.New("nothing could be applied: wharf parked list says why")
+			err = errors.New("nothing was applied: wharf parked list says what waits, and why")
 		}
 		return err
 	})
@@ -140,7 +152,7 @@ type parkedDiscardCmd struct{ parkedEventArgs }
 
 // Run implements the subcommand.
 func (c *parkedDiscardCmd) Run(ctx context.Context) error {
-	if _, err := modelsOf([]string{c.Model}); err != nil {
+	if err := c.check(); err != nil {
 		return err
 	}
 	return c.withEngine(ctx, "wharf-parked", time.Hour, func(_ *kafka.Client, engine *postgres.Engine) error {

@@ -13,16 +13,19 @@ import (
 )
 
 type projectCmd struct {
-	Model string `arg:"" help:"The read model."`
-	Key   string `required:"" help:"The row: a stream's id, or the columns of the row's key with slashes between."`
-	AsOf  string `placeholder:"WHEN" help:"A time (RFC 3339), or a position as an order's history shows it; now if not given."`
-	JSON  bool   `help:"Print it as JSON."`
+	Model string  `arg:"" help:"The read model."`
+	Key   string  `required:"" help:"The row: a stream's id, or the columns of the row's key with slashes between."`
+	AsOf  *string `placeholder:"WHEN" help:"A time (RFC 3339), or a position as an order's history shows it; now if not given."`
+	JSON  bool    `help:"Print it as JSON."`
 	storesFlag
 }
 
 // Run implements the subcommand. It folds the log, and needs no database.
 func (c *projectCmd) Run(ctx context.Context) error {
 	if _, err := modelsOf([]string{c.Model}); err != nil {
+		return err
+	}
+	if err := checkKey([]string{c.Model}, c.Key); err != nil {
 		return err
 	}
 	at, err := momentOf("--as-of", c.AsOf)

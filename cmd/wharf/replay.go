@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -23,12 +24,12 @@ type replayCmd struct {
 
 	Rollback bool `help:"Make the previous build of the read models the live one again, instead of building anything."`
 	DryRun   bool `help:"Say what would be read and written, and do nothing."`
-	NoSwap   bool `help:"Leave the new build beside the live one, to be looked at."`
+	NoSwap   bool `help:"Leave the new build beside the live one, to be looked at, whether it differs or not."`
 	Force    bool `help:"Swap the new build in although its rows differ from the live ones; the difference is shown."`
 
-	FromPosition string `placeholder:"WHEN" help:"Build only of what came from there on: a position such as orders.events/3/17, or a time. Never swapped in."`
-	Until        string `placeholder:"WHEN" help:"Build only of what had happened by then: a position or a time. Never swapped in."`
-	Key          string `help:"Build only the row of this key. Never swapped in."`
+	FromPosition *string `placeholder:"WHEN" help:"Build only of what came from there on: a position such as orders.events/3/17, or a time. Never swapped in."`
+	Until        *string `placeholder:"WHEN" help:"Build only of what had happened by then: a position or a time. Never swapped in."`
+	Key          *string `help:"Build only the row of this key. Never swapped in."`
 
 	JSON bool `help:"Tell the progress on stderr and the result on stdout as JSON."`
 	keepFlag
@@ -43,7 +44,7 @@ type keepFlag struct {
 // Run implements the subcommand.
 func (c *replayCmd) Run(ctx context.Context) error {
 	if c.All == (len(c.Models) > 0) {
-		return usageError("name read models, or say --all")
+		return usageError("name read models or say --all, one of the two")
 	}
 	if err := positive("--keep-builds", c.KeepBuilds); err != nil {
 		return err
@@ -52,7 +53,7 @@ func (c *replayCmd) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	part, err := c.part()
+	part, err := c.part(models)
 	if err != nil {
 		return err
 	}
@@ -78,8 +79,9 @@ func (c *replayCmd) Run(ctx context.Context) error {
 				results = append(results, resultOf(p))
 			}
 		}
-		var err error
-		for _, name := range models {
+		var errs []error
+		for i, name := range models {
+			var err error
 			switch {
 			case c.Rollback:
 				err = engine.Rollback(ctx, name, tell)
@@ -88,16 +90,27 @@ func (c *replayCmd) Run(ctx context.Context) error {
 			default:
 				err = engine.Replay(ctx, []string{name}, postgres.ReplayOptions{NoSwap: c.NoSwap, Force: c.Force}, tell)
 			}
-			if err != nil {
-				break
+			var difference *postgres.DifferenceError
+			if errors.As(err, &difference) {
+				results = append(results, replayed{Name: name, Comparison: &difference.Comparison, Refused: true})
 			}
+			if errs = append(errs, err); err == nil || difference != nil || errors.Is(err, postgres.ErrReplaying) {
+				continue // what is wrong with one is not wrong with the others
+			}
+			if left := models[i+1:]; len(left) > 0 {
+				errs = append(errs, fmt.Errorf("not tried: %s", strings.Join(left, ", ")))
+			}
+			break
 		}
+		err := errors.Join(errs...)
 		wait()
 		if c.JSON {
 			return errors.Join(err, printJSON(map[string]any{"items": results}))
 		}
 		for _, r := range results {
-			fmt.Println(c.sentence(r))
+			if !r.Refused { // which the error says
+				fmt.Println(c.sentence(r))
+			}
 		}
 		return err
 	})
@@ -121,19 +134,39 @@ func modelsOf(names []string) (models []string, err error) {
 }
 
 // part is which part of what happened is asked for.
-func (c *replayCmd) part() (part postgres.Part, err error) {
-	part.Key = c.Key
+func (c *replayCmd) part(models []string) (part postgres.Part, err error) {
 	if part.From, err = momentOf("--from-position", c.FromPosition); err == nil {
 		part.Until, err = momentOf("--until", c.Until)
+	}
+	if err == nil && part.From != nil && part.Until != nil && part.Until.Before(*part.From) {
+		err = usageError("--until is before --from-position")
+	}
+	if err == nil && c.Key != nil {
+		part.Key = *c.Key
+		err = checkKey(models, part.Key)
 	}
 	return part, err
 }
 
-func momentOf(flag, s string) (*postgres.Moment, error) {
-	if s == "" {
+// checkKey sees that the key is one of each of the read models.
+func checkKey(models []string, key string) error {
+	for _, name := range models {
+		m, err := projections.Find(projections.All, name)
+		if err == nil {
+			err = postgres.CheckKey(m, key)
+		}
+		if err != nil {
+			return usageError("--key: " + err.Error())
+		}
+	}
+	return nil
+}
+
+func momentOf(flag string, s *string) (*postgres.Moment, error) {
+	if s == nil {
 		return nil, nil
 	}
-	m, err := postgres.ParseMoment(s)
+	m, err := postgres.ParseMoment(*s)
 	if err != nil {
 		return nil, usageError(flag + ": " + err.Error())
 	}
@@ -147,12 +180,13 @@ type replayed struct {
 	Events     int64                `json:"events"`
 	Table      string               `json:"table"`
 	Comparison *postgres.Comparison `json:"comparison,omitempty"`
+	Refused    bool                 `json:"refused,omitempty"` // not swapped in, because it differs
 
 	rows int64
 }
 
 func resultOf(p postgres.Progress) replayed {
-	return replayed{p.Model, p.Build, p.Done, p.Table, p.Comparison, p.Rows}
+	return replayed{p.Model, p.Build, p.Done, p.Table, p.Comparison, false, p.Rows}
 }
 
 func (c *replayCmd) sentence(r replayed) string {
@@ -170,7 +204,11 @@ func (c *replayCmd) sentence(r replayed) string {
 	if !r.Comparison.Same() {
 		return text + "\nIt differs from the one that was live. " + r.Comparison.String()
 	}
-	return text + fmt.Sprintf("; its %d rows are those of the live build (hash %s)", r.Comparison.Rows, r.Comparison.Hash)
+	text += fmt.Sprintf("; its %d rows are those of the build that was live (hash %s)", r.Comparison.Rows, r.Comparison.Hash)
+	if r.Comparison.Parked > 0 {
+		text += fmt.Sprintf(", but for those that waited there for %d parked events", r.Comparison.Parked)
+	}
+	return text
 }
 
 // dryRun says what a replay would read and write.
@@ -183,8 +221,8 @@ func (c *replayCmd) dryRun(ctx context.Context, engine *postgres.Engine, models 
 		return printJSON(map[string]any{"items": plans})
 	}
 	for _, p := range plans {
-		fmt.Printf("%s: would read %d events of %v, and write about %d rows (%d MiB with indexes) beside build %d, version %d\n",
-			p.Model, p.Events, p.Topics, p.Rows, p.Bytes>>20, p.Build, p.Version)
+		fmt.Printf("%s: would read %d events of %s, and write about %d rows (%d KiB with indexes) beside build %d, version %d\n",
+			p.Model, p.Events, strings.Join(p.Topics, ", "), p.Rows, p.Bytes>>10, p.Build, p.Version)
 	}
 	return nil
 }

@@ -260,6 +260,9 @@ func (f *facts) read(ctx context.Context, c *shop.Client) error {
 func (f *facts) readDecision(ctx context.Context, c *shop.Client) error {
 	for _, limit := range []int{1, 0} {
 		for e, err := range c.History(ctx, f.ID, limit) {
+			if shop.IsStatus(err, http.StatusNotFound) {
+				return nil // which is a finding
+			}
 			if err != nil {
 				return err
 			}

@@ -211,7 +211,7 @@ func rawCopy(b *testing.B, s *shop, m projections.Model) time.Duration {
 		}
 	}
 	must(pgx.BeginFunc(b.Context(), pool, func(tx pgx.Tx) (err error) {
-		fresh, err = e.create(b.Context(), tx, m)
+		fresh, err = e.create(b.Context(), tx, m, forReplay)
 		return err
 	}))
 	began := time.Now()

@@ -102,10 +102,10 @@ func builds(ctx context.Context, db querier, states ...string) ([]build, error) 
 
 // create makes an empty build with its table. Its primary key is there only if rows are looked up by it while the build
 // is filled; finish makes what is missing.
-func (e *Engine) create(ctx context.Context, tx pgx.Tx, m projections.Model) (build, error) {
+func (e *Engine) create(ctx context.Context, tx pgx.Tx, m projections.Model, purpose string) (build, error) {
 	b := build{model: m.Name, version: m.Version, partitions: e.Partitions, topics: m.Topics, state: building}
-	err := tx.QueryRow(ctx, `INSERT INTO wharf.builds (model, version, partitions, topics, state, made_by)
-		VALUES ($1, $2, $3, $4, $5, $6) RETURNING id`, b.model, b.version, b.partitions, b.topics, b.state, madeBy).Scan(&b.id)
+	err := tx.QueryRow(ctx, `INSERT INTO wharf.builds (model, version, partitions, topics, state, purpose)
+		VALUES ($1, $2, $3, $4, $5, $6) RETURNING id`, b.model, b.version, b.partitions, b.topics, b.state, purpose).Scan(&b.id)
 	if err != nil {
 		return b, err
 	}
@@ -297,11 +297,25 @@ const (
 	verifyLock = 2
 )
 
-// madeBy is who makes a build, for people who have to wait for it.
-var madeBy = func() string {
+// whoami is this program, for people who have to wait for it: the name of a session that holds locks.
+var whoami = func() string {
 	host, _ := os.Hostname()
-	return fmt.Sprintf("%s, process %d on %s", filepath.Base(os.Args[0]), os.Getpid(), host)
+	name := fmt.Sprintf("%s, process %d on %s", strings.Join(append([]string{filepath.Base(os.Args[0])}, subcommand()...), " "), os.Getpid(), host)
+	return name[:min(len(name), 63)] // Postgres cuts it there
 }()
+
+func subcommand() []string {
+	if len(os.Args) > 1 && !strings.HasPrefix(os.Args[1], "-") {
+		return os.Args[1:2]
+	}
+	return nil
+}
+
+// The purposes of builds in the making.
+const (
+	forReplay  = "replay"
+	forLooking = "looking" // a verification, or people
+)
 
 // disposable is what sweep may drop: what was kept for long enough, and what was never finished.
 const disposable = "(state = 'building' OR state IN ('previous', 'scratch', 'retired') AND keep_until < now())"

@@ -175,7 +175,7 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 			continue
 		}
 		err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
-			b, err := e.create(ctx, tx, m)
+			b, err := e.create(ctx, tx, m, forReplay)
 			if err == nil {
 				err = finish(ctx, tx, m, b)
 			}
@@ -339,7 +339,7 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 			if time.Since(began) > time.Minute {
 				retry = backoff{}
 			}
-			if retry.tries == 3 || retry.tries%30 == 29 {
+			if (retry.tries == 3 || retry.tries%30 == 29) && !isCode(err, codeMoved) {
 				log.Warn("a projection fails, and is tried again from its stored position", "build", b.id, "err", err)
 			}
 			if !isCode(err, codeMoved) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -28,10 +29,18 @@ func ParseMoment(s string) (Moment, error) {
 		return Moment{Time: t}, nil
 	}
 	p, err := journal.ParsePosition(s)
-	if err != nil || p.Seq < 1 {
+	if err != nil || p.Seq < 1 || !slices.Contains(projections.Topics, p.Topic) {
 		return Moment{}, fmt.Errorf("%q is neither a time such as 2026-11-25T14:00:00Z nor a position such as orders.events/3/17", s)
 	}
 	return Moment{Position: p}, nil
+}
+
+// Before says that this moment is certainly before the other: both are times, or places of one partition.
+func (m Moment) Before(o Moment) bool {
+	if m.Position.Topic != "" || o.Position.Topic != "" {
+		return m.Position.Topic == o.Position.Topic && m.Position.Partition == o.Position.Partition && m.Position.Seq < o.Position.Seq
+	}
+	return m.Time.Before(o.Time)
 }
 
 // covers says whether the event had happened at the moment.
@@ -107,6 +116,16 @@ func matcher(m projections.Model, text string) func(key any) bool {
 	}
 }
 
+// CheckKey says how a key of the model reads, if the text is none: that of a whole key, or the id of the stream that rows tell
+// of.
+func CheckKey(m projections.Model, text string) error {
+	_, err := m.ParseKey(text)
+	if err != nil && m.Keys > 1 && m.Stream != "" && text != "" && !strings.Contains(text, "/") {
+		return nil
+	}
+	return err
+}
+
 // partitionsOf are those in which rows that the text means may lie.
 func (e *Engine) partitionsOf(m projections.Model, text string) (partitions []int32, err error) {
 	key, err := m.ParseKey(text)
@@ -118,7 +137,7 @@ func (e *Engine) partitionsOf(m projections.Model, text string) (partitions []in
 		}
 		return nil, fmt.Errorf("there are %d partitions", e.Partitions)
 	}
-	if m.Keys == 1 || m.Stream == "" {
+	if err := CheckKey(m, text); err != nil {
 		return nil, err
 	}
 	for p := range int32(e.Partitions) {
@@ -282,7 +301,7 @@ func (e *Engine) inspect(ctx context.Context, m projections.Model, part Part, pr
 		}
 		wanted = matcher(m, part.Key)
 	}
-	r, end, err := e.begin(ctx, m, progress, anyone)
+	r, end, err := e.begin(ctx, m, progress, forLooking)
 	if err != nil {
 		return err
 	}

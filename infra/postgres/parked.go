@@ -164,13 +164,18 @@ type ParkedEvent struct {
 	Build    int64           `json:"build"`
 	State    string          `json:"state"` // of the build
 	Position string          `json:"position"`
+	ID       uuid.UUID       `json:"id"`
 	Name     string          `json:"type"`
+	Service  string          `json:"service"`
 	Stream   string          `json:"stream"`
-	Keys     []string        `json:"keys"`            // what waits: the stream, and rows by the text of their key
+	Version  int64           `json:"version"` // of the stream after it
+	Time     time.Time       `json:"time"`
+	Cause    string          `json:"cause,omitempty"`
+	Keys     []string        `json:"keys"`            // what waits: streams, and rows by the text of their key
 	Error    string          `json:"error,omitempty"` // empty for one that waits for another
 	ParkedAt time.Time       `json:"parked_at"`
-	Event    json.RawMessage `json:"event,omitempty"` // as it is told publicly
-	Data     string          `json:"data,omitempty"`
+	Data     json.RawMessage `json:"data,omitempty"`
+	Text     string          `json:"text,omitempty"` // the data, where it is no JSON
 }
 
 // showParked has a metric tell how much of the task is parked, until end is called.
@@ -193,17 +198,43 @@ func (e *Engine) Parked(ctx context.Context, model string) ([]ParkedEvent, error
 	}
 	list, err := pgx.CollectRows(rows, func(r pgx.CollectableRow) (p ParkedEvent, err error) {
 		var recorded domain.Recorded
-		err = r.Scan(&p.Model, &p.Build, &p.State, &p.Position, &p.Keys, &p.Error, &p.ParkedAt, &p.Event)
+		var event []byte
+		err = r.Scan(&p.Model, &p.Build, &p.State, &p.Position, &p.Keys, &p.Error, &p.ParkedAt, &event)
 		if err == nil {
-			err = json.Unmarshal(p.Event, &recorded)
+			err = json.Unmarshal(event, &recorded)
 		}
-		p.Name, p.Stream, p.Data, p.ParkedAt = recorded.Name, recorded.Stream, string(recorded.Data), p.ParkedAt.UTC()
+		p.ID, p.Name, p.Service, p.Stream, p.Version = recorded.ID, recorded.Name, recorded.Service, recorded.Stream, recorded.Version
+		p.Time, p.Cause, p.ParkedAt = recorded.Time, recorded.Cause.String(), p.ParkedAt.UTC()
+		if p.Data = recorded.Data; !json.Valid(recorded.Data) {
+			p.Data, p.Text = nil, string(recorded.Data)
+		}
 		return p, err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("list the parked events: %w", err)
 	}
 	return list, nil
+}
+
+// Discarded is an event that was given up.
+type Discarded struct {
+	Model    string    `json:"model"`
+	Position string    `json:"position"`
+	At       time.Time `json:"at"`
+}
+
+// DiscardedEvents lists what was given up, of one model if it is named.
+func (e *Engine) DiscardedEvents(ctx context.Context, model string) ([]Discarded, error) {
+	rows, err := e.pool.Query(ctx, `SELECT model, topic || '/' || partition || '/' || seq, discarded_at FROM wharf.discarded
+		WHERE $1 = '' OR model = $1 ORDER BY discarded_at, model, topic, partition, seq`, model)
+	if err != nil {
+		return nil, fmt.Errorf("list the events that were given up: %w", err)
+	}
+	return pgx.CollectRows(rows, func(r pgx.CollectableRow) (d Discarded, err error) {
+		err = r.Scan(&d.Model, &d.Position, &d.At)
+		d.At = d.At.UTC()
+		return d, err
+	})
 }
 
 // Repaired is what a retry has come to.

@@ -93,7 +93,7 @@ func (e *Engine) Replay(ctx context.Context, names []string, o ReplayOptions, pr
 
 // replay is one model's.
 func (e *Engine) replay(ctx context.Context, m projections.Model, o ReplayOptions, progress func(Progress)) (err error) {
-	r, end, err := e.begin(ctx, m, progress, (*replay).lockModel)
+	r, end, err := e.begin(ctx, m, progress, forReplay)
 	if err != nil {
 		return err
 	}
@@ -201,7 +201,7 @@ func (e *Engine) rollback(ctx context.Context, m projections.Model, progress fun
 	}
 	i := slices.IndexFunc(all, func(b build) bool { return b.model == m.Name })
 	if i < 0 {
-		return errors.New("there is no previous build: it is kept for a while after a swap, and has been dropped")
+		return errors.New("there is no previous build: none has been swapped out lately")
 	}
 	if all[i].version != m.Version {
 		return fmt.Errorf("the previous build is of version %d, and this program has version %d: use the program that made it",
@@ -225,6 +225,7 @@ func (e *Engine) rollback(ctx context.Context, m projections.Model, progress fun
 func (e *Engine) open(ctx context.Context, m projections.Model, progress func(Progress)) (*replay, func(), error) {
 	config := e.pool.Config()
 	config.MaxConns, config.MinConns, config.MinIdleConns = int32(runtime.GOMAXPROCS(0))+3, 0, 0
+	config.ConnConfig.RuntimeParams["application_name"] = whoami
 	pool, err := pgxpool.NewWithConfig(ctx, config)
 	if err != nil {
 		return nil, nil, err
@@ -245,8 +246,8 @@ func (e *Engine) open(ctx context.Context, m projections.Model, progress func(Pr
 	}, nil
 }
 
-// begin makes an empty build, if the caller may. end gives everything back, and drops the build if there was an error.
-func (e *Engine) begin(ctx context.Context, m projections.Model, progress func(Progress), may func(*replay, context.Context) error) (
+// begin makes an empty build for the purpose: for a replay nobody else may be at one. end gives everything back, and drops the build if there was an error.
+func (e *Engine) begin(ctx context.Context, m projections.Model, progress func(Progress), purpose string) (
 	r *replay, end func(*error), err error,
 ) {
 	// What was left unfinished would only be in the way.
@@ -263,12 +264,14 @@ func (e *Engine) begin(ctx context.Context, m projections.Model, progress func(P
 		}
 		closeAll()
 	}
-	if err = may(r, ctx); err != nil {
-		end(&err)
-		return nil, nil, err
+	if purpose == forReplay {
+		if err = r.lockModel(ctx); err != nil {
+			end(&err)
+			return nil, nil, err
+		}
 	}
 	err = pgx.BeginFunc(ctx, r.conn, func(tx pgx.Tx) (err error) {
-		if r.build, err = e.create(ctx, tx, m); err != nil {
+		if r.build, err = e.create(ctx, tx, m, purpose); err != nil {
 			return err
 		}
 		// While this connection lives, nobody sweeps the build away.
@@ -285,9 +288,6 @@ func (e *Engine) begin(ctx context.Context, m projections.Model, progress func(P
 	return r, end, nil
 }
 
-// anyone may make a build that is not to be swapped in.
-func anyone(*replay, context.Context) error { return nil }
-
 // lockModel keeps everybody else from swapping a build of the model. The connection holds the lock for as long as it
 // lives, and the swap is done on it: who lost the lock cannot swap.
 func (r *replay) lockModel(ctx context.Context) error {
@@ -296,9 +296,14 @@ func (r *replay) lockModel(ctx context.Context) error {
 	if err := r.conn.QueryRow(ctx, "SELECT pg_try_advisory_lock($1, $2)", class, object).Scan(&ours); err != nil || ours {
 		return err
 	}
+	// Who holds it may have let go by now.
 	var who string
-	err := r.conn.QueryRow(ctx, `SELECT coalesce(string_agg(format(' by %s, since %s', made_by, to_char(created_at AT TIME ZONE 'UTC', 'HH24:MI:SS "UTC"')), ' or'), '')
-		FROM wharf.builds WHERE model = $1 AND state = 'building' AND id <> $2`, r.model.Name, r.build.id).Scan(&who)
+	err := r.conn.QueryRow(ctx, `SELECT coalesce(string_agg(format(', by %s, since %s UTC', a.application_name,
+			to_char(a.backend_start AT TIME ZONE 'UTC', 'HH24:MI:SS')), ''), '')
+		FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+		WHERE l.locktype = 'advisory' AND l.granted AND l.classid::bigint = $1 AND l.objid::bigint = $2
+			AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())`,
+		int64(uint32(class)), int64(uint32(object))).Scan(&who)
 	if err != nil {
 		return err
 	}

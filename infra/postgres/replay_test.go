@@ -249,7 +249,7 @@ func TestAReplayIsAloneAndCanBeCutOff(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := e.create(context.Background(), tx, projections.Stock); err != nil {
+	if _, err := e.create(context.Background(), tx, projections.Stock, forReplay); err != nil {
 		t.Fatal(err)
 	}
 	if err := tx.Commit(context.Background()); err != nil {

@@ -44,6 +44,7 @@ type Comparison struct {
 	First     []Difference `json:"first"`            // a few of them, by key
 	Halted    string       `json:"halted,omitempty"` // why the live build does not go on, if it does not
 	Parked    int64        `json:"parked"`           // events that wait in the live build; rows that are stale are not compared
+	Discarded int64        `json:"discarded"`        // events that an operator gave up
 	Unapplied int64        `json:"unapplied"`        // events that the live build has applied, and this program could not
 }
 
@@ -66,8 +67,11 @@ func (c *Comparison) String() string {
 	for _, topic := range slices.Sorted(maps.Keys(c.Position)) {
 		seen = append(seen, fmt.Sprintf("%s %d", topic, c.Position[topic]))
 	}
-	text := fmt.Sprintf("%s: build %d, %d rows of %d events (%s), hash %s", c.Model, c.Build, c.Rows, c.Events,
-		strings.Join(seen, ", "), c.Hash)
+	text := fmt.Sprintf("%s: build %d; the fold of %d events (%s) has %d rows, hash %s", c.Model, c.Build, c.Events,
+		strings.Join(seen, ", "), c.Rows, c.Hash)
+	if c.Discarded > 0 {
+		text += fmt.Sprintf("; %d events were given up, and are in neither", c.Discarded)
+	}
 	if c.Parked > 0 {
 		text += fmt.Sprintf("; %d events are parked, and the rows that wait for them were not compared", c.Parked)
 	}
@@ -80,10 +84,10 @@ func (c *Comparison) String() string {
 	if c.Same() {
 		return text + ": the live rows equal the fold of the log"
 	}
-	text += fmt.Sprintf(": %d rows differ: %d only in the live build, %d only in the fold, %d in both but not the same",
+	text += fmt.Sprintf(": rows that differ: %d (only in the live build: %d, only in the fold: %d, in both but not the same: %d)",
 		c.Differences(), c.OnlyLive, c.OnlyFold, c.Differing)
 	for _, d := range c.First {
-		text += fmt.Sprintf("\n  %s: %s %s", d.Key, strings.ReplaceAll(d.Kind, "_", " "), strings.Join(d.Columns, ", "))
+		text += fmt.Sprintf("\n  %s: %s", d.Key, strings.TrimSpace(strings.ReplaceAll(d.Kind, "_", " ")+" "+strings.Join(d.Columns, ", ")))
 	}
 	if int64(len(c.First)) < c.Differences() {
 		text += "\n  …"
@@ -131,7 +135,7 @@ func (e *Engine) verify(ctx context.Context, m projections.Model, pace int, prog
 			return c, fmt.Errorf("%w: it has %d, and this program %d", errOtherVersion, b.version, m.Version)
 		}
 	}
-	r, end, err := e.begin(ctx, m, progress, anyone)
+	r, end, err := e.begin(ctx, m, progress, forLooking)
 	if err != nil {
 		return c, err
 	}
@@ -283,12 +287,13 @@ func compare(ctx context.Context, tx pgx.Tx, m projections.Model, old, fresh bui
 		coalesce((SELECT string_agg(format('partition %s: %s', partition, error), '; ' ORDER BY partition) FROM wharf.tasks
 			WHERE build = $1 AND error <> ''), ''),
 		(SELECT count(*) FROM wharf.parked f WHERE build = $2 AND NOT EXISTS (SELECT FROM wharf.parked l
-			WHERE l.build = $1 AND l.partition = f.partition AND l.topic = f.topic AND l.seq = f.seq))`,
-		old.id, fresh.id).Scan(&c.Parked, &c.Halted, &c.Unapplied)
+			WHERE l.build = $1 AND l.partition = f.partition AND l.topic = f.topic AND l.seq = f.seq)),
+		(SELECT count(*) FROM wharf.discarded WHERE model = $3)`,
+		old.id, fresh.id, m.Name).Scan(&c.Parked, &c.Halted, &c.Unapplied, &c.Discarded)
 	if err != nil {
 		return c, err
 	}
-	hash := fmt.Sprintf(`SELECT count(*), to_hex(coalesce(bit_xor(hashtextextended(r::text, 0)), 0)) FROM %s r`, fresh.table())
+	hash := fmt.Sprintf(`SELECT count(*), lpad(to_hex(coalesce(bit_xor(hashtextextended(r::text, 0)), 0)), 16, '0') FROM %s r`, fresh.table())
 	if err := tx.QueryRow(ctx, hash).Scan(&c.Rows, &c.Hash); err != nil {
 		return c, err
 	}

@@ -118,10 +118,13 @@ func unreachable(err error) bool {
 		errors.Is(err, puddle.ErrClosedPool)
 }
 
+// retryAfter is when a request that was answered with 503 may be made again, in seconds.
+const retryAfter = "1"
+
 func newProblem(status int, code string) *Problem {
 	p := &Problem{Type: "urn:wharf:problem:" + code, Title: http.StatusText(status), Status: status}
 	if status == http.StatusServiceUnavailable {
-		p.retryAfter = "1"
+		p.retryAfter = retryAfter
 	}
 	return p
 }

@@ -180,6 +180,9 @@ func (b *recorder) WriteHeader(status int) {
 	}
 	b.status = status
 	b.of.sealToken(b.Header())
+	if status == http.StatusServiceUnavailable && b.Header().Get("Retry-After") == "" {
+		b.Header().Set("Retry-After", retryAfter)
+	}
 	if b.held = b.hold && status == http.StatusOK && b.Header().Get("ETag") != ""; !b.held {
 		b.ResponseWriter.WriteHeader(status)
 	}

@@ -9,7 +9,7 @@ DROP VIEW wharf_read.builds;
 ALTER TABLE wharf.builds
     DROP CONSTRAINT builds_state_check,
     ADD CONSTRAINT builds_state_check CHECK (state IN ('building', 'live', 'previous', 'scratch', 'retired')),
-    ADD COLUMN made_by text NOT NULL DEFAULT '',
+    ADD COLUMN purpose text NOT NULL DEFAULT 'replay', -- or looking
     ADD COLUMN keep_until timestamptz NOT NULL DEFAULT now(), -- of a build that is previous, scratch or retired
     ADD COLUMN verified_at timestamptz NOT NULL DEFAULT now(); -- or made, which begins with the same
 CREATE UNIQUE INDEX one_previous_build ON wharf.builds (model) WHERE state = 'previous';
@@ -84,7 +84,7 @@ END $$;
 
 CREATE VIEW wharf_read.builds AS
 SELECT b.id, b.model, b.version, b.state, b.topics, t.partition, t.offsets, t.seqs, t.skipped, t.error, t.trouble,
-    t.seen_at, CASE WHEN t.moved_at > now() - interval '10 seconds' THEN t.rate ELSE 0 END AS rate,
+    b.purpose, t.seen_at, CASE WHEN t.moved_at > now() - interval '10 seconds' THEN t.rate ELSE 0 END AS rate,
     (SELECT count(*) FROM wharf.parked k WHERE k.build = b.id AND k.partition = t.partition) AS parked,
     CASE WHEN b.state IN ('previous', 'scratch') THEN b.keep_until END AS keep_until
 FROM wharf.builds b JOIN wharf.tasks t ON t.build = b.id
