@@ -23,6 +23,7 @@ test: ## Run all tests
 race: ## Run the tests of what is concurrent with the race detector
 	go test -race ./commands/... ./infra/kafka ./infra/policies ./infra/web
 	go test -race ./infra/journal -seeds 300
+	go test -race ./infra/postgres -run 'Token|Wait|Park|Poison|Verif|Rollback|Refused|Replay'
 
 SEEDS ?= 10000
 FROM ?= 1

@@ -332,3 +332,16 @@ func TestManyPartitionsMayLagAtOnce(t *testing.T) {
 		}
 	}
 }
+
+func TestPreferencesForWaiting(t *testing.T) {
+	for prefer, want := range map[string]time.Duration{
+		"": defaultWait, "wait=0": 0, "wait=3": 3 * time.Second, "respond-async, wait=3": 3 * time.Second, "Wait = 5; foo": 5 * time.Second,
+		"wait=9": maxWait, "wait=999999999999999999999": maxWait, "wait=-1": defaultWait, "wait=x": defaultWait, "await=1": defaultWait,
+	} {
+		c := Consistency{Prefer: prefer}
+		c.Resolve(nil)
+		if c.wait != want {
+			t.Errorf("%q: %s, want %s", prefer, c.wait, want)
+		}
+	}
+}

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5"
 
 	"wharf/commands"
 	"wharf/domain"
@@ -25,7 +26,9 @@ import (
 	"wharf/domain/orders"
 	"wharf/domain/payments"
 	"wharf/domain/shipping"
+	"wharf/infra/embedded"
 	"wharf/infra/shop"
+	"wharf/projections"
 )
 
 // The programs are run as they are: the test's own binary is wharf when this variable says so.
@@ -302,6 +305,55 @@ func TestTheWholeShop(t *testing.T) {
 		}
 	})
 
+	t.Run("a replay can be trusted", func(t *testing.T) {
+		in := func(args ...string) []string { return append(args, "--data-dir", dir) }
+		var verified struct{ Items []struct{ Rows int64 } }
+		must(t, json.Unmarshal([]byte(wantCode(t, 0, in("verify", "--json")...)), &verified))
+		if len(verified.Items) != len(projections.All) {
+			t.Errorf("%d read models were verified", len(verified.Items))
+		}
+		wantCode(t, 0, in("replay", "orders", "sales", "--rollback")...)
+		wantCode(t, 0, in("verify", "orders", "sales")...)
+		var id string
+		for o, err := range c.Orders(ctx, "", "delivered") {
+			must(t, err)
+			id = o.ID
+			break
+		}
+		if out := wantCode(t, 0, in("project", "orders", "--key", id)...); !strings.Contains(out, `"status": "delivered"`) {
+			t.Errorf("the order is %s", out)
+		}
+		wantCode(t, 1, in("project", "orders", "--key", id, "--as-of", "2000-01-01T00:00:00Z")...)
+		wantCode(t, 2, in("project", "orders", "--key", "x")...)
+		if out := wantCode(t, 0, in("replay", "orders", "--key", id, "--until", "2100-01-01T00:00:00Z")...); !strings.Contains(out, "1 rows in the table") {
+			t.Errorf("the part is %s", out)
+		}
+		if out := wantCode(t, 0, in("replay", "--all", "--dry-run")...); strings.Count(out, "would read") != len(projections.All) {
+			t.Errorf("a dry run says %s", out)
+		}
+		if out := wantCode(t, 0, in("parked")...); out != "nothing is parked\n" {
+			t.Errorf("parked says %s", out)
+		}
+		wantCode(t, 1, in("parked", "discard", "orders", "orders.events/0/1")...)
+
+		// What somebody changed behind the projector's back is found, and mended.
+		demo, err := embedded.ReadRuntime(dir)
+		must(t, err)
+		db, err := pgx.Connect(ctx, demo.DatabaseURL)
+		must(t, err)
+		defer db.Close(ctx)
+		var table string
+		must(t, db.QueryRow(ctx, "SELECT 'wharf_build_' || id || '.ledger' FROM wharf.builds WHERE model = 'ledger' AND state = 'live'").Scan(&table))
+		_, err = db.Exec(ctx, "UPDATE "+table+" SET balance = balance + 1")
+		must(t, err)
+		wantCode(t, 1, in("verify", "ledger")...)
+		if out := wantCode(t, 1, in("replay", "ledger", "--json")...); !strings.Contains(out, `"refused":true`) {
+			t.Errorf("the replay says %s", out)
+		}
+		wantCode(t, 0, in("replay", "ledger", "--force")...)
+		wantCode(t, 0, in("verify", "ledger")...)
+	})
+
 	t.Run("programs in a second terminal", func(t *testing.T) {
 		if out := wantCode(t, 0, "projections", "--data-dir", dir, "--json"); !strings.Contains(out, `"items":[{`) {
 			t.Errorf("projections print %s", out)
@@ -318,7 +370,11 @@ func TestUsageErrorsExitWith2(t *testing.T) {
 	for _, args := range [][]string{
 		{}, {"nothing"}, {"demo", "--nothing"}, {"demo", "--partitions", "0"}, {"orders"}, {"replay"}, {"replay", "--all", "orders"},
 		{"load", "--concurrency", "0"}, {"load", "--file", "/nothing"}, {"demo", "--order-deadline", "0s"}, {"audit", "--wait", "-1s"},
-		{"audit", "--url", "nonsense"}, {"replay", "nothing"}, {"topics", "skip", "orders.events", "0", "0"}, {"demo", "--addr", "nonsense"},
+		{"audit", "--url", "nonsense"}, {"replay", "nothing"}, {"replay", "orders", "--key", ""},
+		{"replay", "orders", "--until", ""}, {"replay", "orders", "--key", "x"}, {"replay", "orders", "--force", "--rollback"},
+		{"replay", "orders", "--from-position", "orders.events/0/9", "--until", "orders.events/0/8"}, {"verify", "order"},
+		{"project", "orders"}, {"project", "stock", "--key", "MUG", "--as-of", "nothing.events/0/1"}, {"parked", "show", "orders", "x"},
+		{"projector", "--verify-every", "-1s", "--kafka-brokers", "x:1", "--database-url", "x"}, {"topics", "skip", "orders.events", "0", "0"}, {"demo", "--addr", "nonsense"},
 	} {
 		wantCode(t, 2, args...)
 	}

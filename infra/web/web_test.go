@@ -3,6 +3,7 @@ package web_test
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -26,6 +27,7 @@ import (
 	"wharf/domain/shipping"
 	"wharf/infra/journal"
 	"wharf/infra/web"
+	"wharf/projections"
 )
 
 // newJournal is a journal in memory that runs until the test ends.
@@ -231,5 +233,26 @@ func TestHeadersOfCommands(t *testing.T) {
 	}
 	if res, err := http.Get(s.URL + "/orders/x/cancel"); err != nil || res.StatusCode != 405 || res.Header.Get("Allow") != "POST" {
 		t.Fatal(res, err)
+	}
+}
+
+// An answer that says "not now" says when to come back, whoever makes it.
+func TestNotReadySaysWhenToComeBack(t *testing.T) {
+	mux := http.NewServeMux()
+	huma.Get(web.NewAPI(mux), "/behind", func(context.Context, *struct{}) (*struct{}, error) {
+		return nil, fmt.Errorf("read: %w", &projections.BehindError{Model: "orders", Wanted: domain.Position{Topic: "orders.events", Seq: 3}, Seen: 2})
+	})
+	s := httptest.NewServer(web.Handler(mux, nil, "test", func() error { return errors.New("not yet") }))
+	t.Cleanup(s.Close)
+	for path, want := range map[string]string{"/readyz": "not yet", "/behind": "has seen 2 events of orders.events partition 0, and not yet event 3"} {
+		res, err := http.Get(s.URL + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, _ := io.ReadAll(res.Body)
+		_ = res.Body.Close()
+		if res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !strings.Contains(string(body), want) {
+			t.Errorf("%s: %d %v %s", path, res.StatusCode, res.Header, body)
+		}
 	}
 }
