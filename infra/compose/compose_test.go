@@ -82,7 +82,7 @@ func (s *stack) wharf(args ...string) *exec.Cmd {
 func (s *stack) url() string { return "http://127.0.0.1:" + s.port }
 
 func (s *stack) load(orders string) *exec.Cmd {
-	args := []string{"load", "--url", s.url(), "--orders", orders, "--concurrency", "16", "--json"}
+	args := []string{"load", "--url", s.url(), "--orders", orders, "--concurrency", "16", "--read-back", "--json"}
 	return s.wharf(append(args, invoices()...)...)
 }
 
@@ -183,7 +183,10 @@ func TestTheShopInContainers(t *testing.T) {
 			t.Errorf("%s was not started again by its restart policy", service)
 		}
 	}
-	s.timed("replay", s.compose("exec", "-T", "projector", "wharf", "replay", "--all"))
+	in := func(args ...string) *exec.Cmd { return s.compose(append([]string{"exec", "-T", "projector", "wharf"}, args...)...) }
+	s.timed("replay", in("replay", "--all"))
+	s.timed("roll back", in("replay", "--rollback", "orders"))
+	t.Log(s.timed("verify", in("verify")))
 	t.Log(s.timed("audit", s.wharf("audit", "--url", s.url())))
 
 	s.timed("stop", s.compose("stop"))
