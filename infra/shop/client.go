@@ -93,7 +93,8 @@ func (p *Problem) Code() string {
 // Passing says that the same request may well succeed a little later.
 func (p *Problem) Passing() bool {
 	switch p.Status {
-	case http.StatusTooManyRequests, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
+	case http.StatusTooManyRequests, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout,
+		http.StatusRequestTimeout: // a server that was paused says so of a request that it had not read by then
 		return true
 	}
 	return p.Status == http.StatusConflict && p.Code() == "conflict"
