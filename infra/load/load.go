@@ -303,7 +303,9 @@ func (r *run) place(ctx context.Context, o *order) error {
 		_, err := r.timed(func() (shop.Receipt, error) {
 			return r.client.Cancel(ctx, "cancel-"+receipt.ID, receipt.ID, "changed my mind")
 		})
-		if err != nil && !refused(err) { // it may have been rejected meanwhile
+		if refused(err) { // it may have been rejected meanwhile
+			r.say("%s was not cancelled: %v", receipt.ID, err)
+		} else if err != nil {
 			return fmt.Errorf("cancel %s: %w", o.name, err)
 		}
 	}
@@ -374,11 +376,15 @@ func (r *run) dispatchAndDeliver(ctx context.Context, id string, o *order) error
 		return r.client.Dispatch(ctx, "dispatch-"+id, id, "Wharf Carriers", "WC-"+id)
 	})
 	// A refusal is no failure: somebody else has cancelled it, or sent it off in his own way.
-	if err != nil && !refused(err) {
+	if refused(err) {
+		r.say("%s was not dispatched: %v", id, err)
+	} else if err != nil {
 		return fmt.Errorf("dispatch %s: %w", o.name, err)
 	}
 	_, err = r.timed(func() (shop.Receipt, error) { return r.client.Deliver(ctx, "deliver-"+id, id) })
-	if err != nil && !refused(err) {
+	if refused(err) {
+		r.say("%s was not delivered: %v", id, err)
+	} else if err != nil {
 		return fmt.Errorf("deliver %s: %w", o.name, err)
 	}
 	if err == nil {
