@@ -183,7 +183,9 @@ func TestTheShopInContainers(t *testing.T) {
 			t.Errorf("%s was not started again by its restart policy", service)
 		}
 	}
-	in := func(args ...string) *exec.Cmd { return s.compose(append([]string{"exec", "-T", "projector", "wharf"}, args...)...) }
+	in := func(args ...string) *exec.Cmd {
+		return s.compose(append([]string{"exec", "-T", "projector", "wharf"}, args...)...)
+	}
 	s.timed("replay", in("replay", "--all"))
 	s.timed("roll back", in("replay", "--rollback", "orders"))
 	t.Log(s.timed("verify", in("verify")))
