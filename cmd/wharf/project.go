@@ -7,9 +7,7 @@ import (
 	"os"
 
 	"wharf/infra/journal"
-	"wharf/infra/kafka"
 	"wharf/infra/postgres"
-	"wharf/projections"
 )
 
 type projectCmd struct {
@@ -37,15 +35,11 @@ func (c *projectCmd) Run(ctx context.Context) error {
 			return err
 		}
 	}
-	client, err := kafka.Connect(ctx, kafka.Config{Brokers: c.KafkaBrokers, ClientID: "wharf-project"})
+	client, partitions, err := c.connect(ctx, "wharf-project")
 	if err != nil {
 		return err
 	}
 	defer client.Close()
-	partitions, err := client.Partitions(ctx, projections.OrdersTopic)
-	if err != nil {
-		return err
-	}
 	engine := postgres.New(nil, postgres.Config{
 		Source: func(topic string) journal.Reader { return client.Reader(topic) }, Partitions: partitions,
 	})

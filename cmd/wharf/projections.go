@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -41,20 +42,27 @@ func (f *storesFlag) resolve() error {
 	return nil
 }
 
+// connect is a client of the brokers, which resolve has found, and how many partitions the topics have.
+func (f *storesFlag) connect(ctx context.Context, name string) (client *kafka.Client, partitions int, err error) {
+	if client, err = kafka.Connect(ctx, kafka.Config{Brokers: f.KafkaBrokers, ClientID: name}); err != nil {
+		return nil, 0, err
+	}
+	if partitions, err = client.Partitions(ctx, projections.OrdersTopic); err != nil {
+		return nil, 0, errors.Join(err, client.Close())
+	}
+	return client, partitions, nil
+}
+
 // withEngine calls f with the projection engine of these stores.
 func (f *storesFlag) withEngine(ctx context.Context, name string, keep time.Duration, do func(*kafka.Client, *postgres.Engine) error) error {
 	if err := f.resolve(); err != nil {
 		return err
 	}
-	client, err := kafka.Connect(ctx, kafka.Config{Brokers: f.KafkaBrokers, ClientID: name})
+	client, partitions, err := f.connect(ctx, name)
 	if err != nil {
 		return err
 	}
 	defer client.Close()
-	partitions, err := client.Partitions(ctx, projections.OrdersTopic)
-	if err != nil {
-		return err
-	}
 	opening, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
 	engine, closePool, err := openEngine(opening, client, f.DatabaseURL, postgres.Config{Partitions: partitions, Keep: keep})
@@ -81,7 +89,7 @@ func (c *projectionsCmd) Run(ctx context.Context) error {
 	if err := c.resolve(); err != nil {
 		return err
 	}
-	client, err := kafka.Connect(ctx, kafka.Config{Brokers: c.KafkaBrokers, ClientID: "wharf-projections"})
+	client, partitions, err := c.connect(ctx, "wharf-projections")
 	if err != nil {
 		return err
 	}
@@ -91,10 +99,6 @@ func (c *projectionsCmd) Run(ctx context.Context) error {
 		return err
 	}
 	defer pool.Close()
-	partitions, err := client.Partitions(ctx, projections.OrdersTopic)
-	if err != nil {
-		return err
-	}
 	status, err := projections.ReadStatus(ctx, pool, lags{client, partitions})
 	if err != nil {
 		return err

@@ -294,7 +294,7 @@ func (e *Engine) inspect(ctx context.Context, m projections.Model, part Part, pr
 			}
 		}
 	}
-	wanted := func(any) bool { return true }
+	var wanted func(key any) bool
 	if part.Key != "" {
 		if _, err := e.partitionsOf(m, part.Key); err != nil {
 			return err
@@ -311,7 +311,7 @@ func (e *Engine) inspect(ctx context.Context, m projections.Model, part Part, pr
 			return (part.From == nil || !part.From.covers(e.Recorded) || part.From.Position == e.Position) &&
 				(part.Until == nil || part.Until.covers(e.Recorded))
 		}
-		t.wanted = func(key, _ any) bool { return wanted(key) }
+		t.wanted = wanted
 	}
 	if err := r.fill(ctx); err != nil {
 		return err

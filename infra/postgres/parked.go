@@ -383,9 +383,7 @@ func (e *Engine) repair(ctx context.Context, m projections.Model, b build, parti
 		t.parked = parked{keys: map[string]bool{}, gauge: t.parked.gauge}
 		for _, w := range list {
 			if i := slices.Index(m.Topics, w.event.Topic); t.discarded[place{i, w.event.Seq}] {
-				_, err := tx.Exec(ctx, "DELETE FROM wharf.parked WHERE build = $1 AND partition = $2 AND topic = $3 AND seq = $4",
-					b.id, partition, w.event.Topic, w.event.Seq)
-				if err != nil {
+				if err := t.unpark(ctx, tx, w.event); err != nil {
 					return err
 				}
 				continue
@@ -430,12 +428,7 @@ func (t *task) retry(ctx context.Context, tx pgx.Tx, recorded domain.Recorded) (
 				return t.failed(err)
 			}
 		}
-		_, err = tx.Exec(ctx, "DELETE FROM wharf.parked WHERE build = $1 AND partition = $2 AND topic = $3 AND seq = $4",
-			t.build.id, t.partition, recorded.Topic, recorded.Seq)
-		if err != nil {
-			return err
-		}
-		return nil
+		return t.unpark(ctx, tx, recorded)
 	})
 	var refused *refusedError
 	if errors.As(err, &refused) {
@@ -450,6 +443,13 @@ func (t *task) retry(ctx context.Context, tx pgx.Tx, recorded domain.Recorded) (
 		t.build.id, t.partition, recorded.Topic, recorded.Seq, t.parked.fresh[0].err, t.parked.fresh[0].keys)
 	t.parked.fresh = nil
 	return false, err
+}
+
+// unpark forgets that the event was parked.
+func (t *task) unpark(ctx context.Context, tx pgx.Tx, event domain.Recorded) error {
+	_, err := tx.Exec(ctx, "DELETE FROM wharf.parked WHERE build = $1 AND partition = $2 AND topic = $3 AND seq = $4",
+		t.build.id, t.partition, event.Topic, event.Seq)
+	return err
 }
 
 // changed is the rows that are to be written.

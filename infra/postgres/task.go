@@ -38,7 +38,7 @@ type task struct {
 	bulk      bool // fills a build that nobody reads yet: rows stay in memory until there are many
 
 	listens func(projections.Event) bool // to which events; nil for all
-	wanted  func(key, row any) bool      // which rows are stored; nil for all
+	wanted  func(key any) bool           // which rows are stored; nil for all
 
 	stored    position // in the database
 	epoch     int64    // of the stored position
@@ -470,7 +470,7 @@ func (t *task) take(event touch) error {
 		}
 	}
 	for _, r := range rows {
-		if t.wanted == nil || t.wanted(r.key, r.row) {
+		if t.wanted == nil || t.wanted(r.key) {
 			t.rows.touch(r)
 		}
 	}
