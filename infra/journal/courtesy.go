@@ -5,13 +5,14 @@ import "time"
 // When several replicas write to one stream as fast as they can, each commit that counts makes those of the others
 // lose. Safety does not mind, but the work is wasted, and so they take turns, by what each of them sees in the log and
 // without a word between them: whoever loses waits until the stream is quiet, and whoever goes on winning while others
-// wait stops after a while. Most of it is measured in the time that a commit takes.
+// wait stops after a while. Whoever has waited for too long waits no more until it has won, so the others do. Most of it
+// is measured in the time that a commit takes.
 const (
 	quiet     = 2                      // commit times without a commit of others, before the stream is tried again;
 	quietMore = 4                      // and up to as many more, by chance
 	yield     = 2 + quiet + quietMore  // commit times that one who stops leaves to the others
 	longTurn  = 100 * time.Millisecond // of winning, until one stops
-	longWait  = 5 * longTurn           // for quiet; then the stream is tried all the same
+	longWait  = 5 * longTurn           // for quiet; then the stream is tried all the same, until that succeeds
 	contended = time.Second            // for how long others are minded after they were seen, or longer
 )
 
@@ -56,6 +57,7 @@ func (p *partition[S]) lost(name string, l *lane[S]) {
 // won notes that a commit of ours was accepted, and stops when others have waited long enough.
 func (p *partition[S]) won(name string, l *lane[S]) {
 	c, now := p.contests[name], time.Now()
+	l.patience = time.Time{}
 	switch {
 	case c == nil:
 	case p.settled(c):
@@ -85,15 +87,20 @@ func (p *partition[S]) chance(most time.Duration) time.Duration {
 	return time.Duration(p.Jitter(int64(most)))
 }
 
-// rest leaves the stream alone for the time, from now on.
+// rest leaves the stream alone for the time, from now on; or not at all when what waits has no patience left.
 func (p *partition[S]) rest(name string, l *lane[S], d time.Duration) {
-	if l.pause != nil {
-		if left := time.Until(l.patience); left > 0 {
-			l.pause.Reset(min(d, left))
-		}
+	if l.patience.IsZero() {
+		l.patience = time.Now().Add(max(longWait, 4*yield*p.commitTime()) + p.chance(longTurn))
+	}
+	left := time.Until(l.patience)
+	if left <= 0 {
 		return
 	}
-	l.patience = time.Now().Add(max(longWait, 4*yield*p.commitTime()) + p.chance(longTurn))
+	d = min(d, left)
+	if l.pause != nil {
+		l.pause.Reset(d)
+		return
+	}
 	var t *time.Timer
 	t = time.AfterFunc(d, func() {
 		p.mu.Lock()

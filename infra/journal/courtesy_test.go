@@ -19,12 +19,20 @@ type far struct {
 	latency time.Duration
 	mu      sync.Mutex
 	away    bool
+	commits int
+	parents map[string]bool // of the commits: only one commit is accepted on each
 }
 
 func (f *far) Append(ctx context.Context, r journal.Record) error {
 	time.Sleep(f.latency) // virtual
 	f.mu.Lock()
 	away := f.away
+	f.commits++
+	for _, h := range r.Headers {
+		if h.Key == "wharf-parent" && f.parents != nil {
+			f.parents[string(h.Value)] = true
+		}
+	}
 	f.mu.Unlock()
 	if away {
 		return errNetwork
@@ -32,13 +40,13 @@ func (f *far) Append(ctx context.Context, r journal.Record) error {
 	return f.Memory.Append(ctx, r)
 }
 
-// Two replicas share a stream, and neither waits for long: one has many callers, or one who sends one command after the
-// other; the other one has few, who think in between.
+// Two replicas share a stream, and neither waits for long, nor is much work wasted: one has many callers, or one who
+// sends one command after the other; the other one has few, who think in between.
 func TestReplicasThatShareAStreamTakeTurns(t *testing.T) {
 	for _, latency := range []time.Duration{5 * time.Millisecond, 50 * time.Millisecond, 150 * time.Millisecond} {
 		for _, callers := range [][2]int{{4, 1}, {1, 1}, {64, 64}} {
 			synctest.Test(t, func(t *testing.T) {
-				log := &far{Memory: journal.NewMemory(journaltest.Partitions), latency: latency}
+				log := &far{Memory: journal.NewMemory(journaltest.Partitions), latency: latency, parents: map[string]bool{}}
 				public := journal.NewMemory(journaltest.Partitions)
 				var wg sync.WaitGroup
 				var mu sync.Mutex
@@ -68,7 +76,12 @@ func TestReplicasThatShareAStreamTakeTurns(t *testing.T) {
 					}
 				}
 				wg.Wait()
-				t.Logf("%s, %v callers: done %v, failed %v, longest wait %v", latency, callers, done, failed, longest)
+				wasted := log.commits - len(log.parents)
+				t.Logf("%s, %v callers: done %v, failed %v, longest wait %v, %d of %d commits wasted", latency, callers, done,
+					failed, longest, wasted, log.commits)
+				if wasted*10 > log.commits {
+					t.Errorf("%s, %v callers: %d of %d commits were proposed in vain", latency, callers, wasted, log.commits)
+				}
 				for i := range callers {
 					if least := int(time.Minute / latency / 20); done[i] < least || failed[i]*100 > done[i] || longest[i] > max(5*time.Second, 100*latency) {
 						t.Errorf("%s, %v callers: replica %d has %d done (want %d) and %d failed, and waited for %s",

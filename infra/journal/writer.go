@@ -71,7 +71,7 @@ type lane[S commands.State[S]] struct {
 	queue  []*call[S] // in order of arrival
 	flight *flight[S]
 	pause  *time.Timer // while the stream is left to other replicas
-	// patience is when the pause ends at the latest.
+	// patience is when the pauses end at the latest; zero when the last commit was ours.
 	patience time.Time
 }
 
