@@ -203,7 +203,7 @@ func TestAGapHaltsWhatListensToItAndNothingElse(t *testing.T) {
 	before := one[int64](t, pool, "SELECT version FROM wharf_read.orders")
 
 	s.tell(id, orders.ItemReserved{SKU: "before the gap"})
-	s.seqs[projections.OrdersTopic][p]++ // an event is missing
+	s.Seqs[projections.OrdersTopic][p]++ // an event is missing
 	s.tell(id, orders.ItemReserved{SKU: "behind the gap"})
 	s.tell(id, payments.RefundRequested{Amount: pounds(1)}) // another topic
 	s.tell("MUG", inventory.Received{Quantity: 5})
@@ -273,7 +273,7 @@ func TestWhatNobodyCanReadIsLeftOutAndCounted(t *testing.T) {
 
 func TestARowOfAnotherPartitionHaltsItsTask(t *testing.T) {
 	s := newShop()
-	r := s.next(projections.ShippingTopic, orderID(1), "shipment.created.v1", []byte(`{}`))
+	r := s.Next(projections.ShippingTopic, orderID(1), "shipment.created.v1", []byte(`{}`))
 	r.Partition = (r.Partition + 1) % partitions
 	s.append(r.Topic, journal.NewEventRecord(r))
 	pool := openTest(t)
@@ -370,7 +370,7 @@ func TestUnreadableIsTheJournals(t *testing.T) {
 
 func TestAHaltIsLogged(t *testing.T) {
 	s := newShop()
-	s.seqs[projections.ShippingTopic][journal.Partition([]byte(orderID(1)), partitions)] = 5
+	s.Seqs[projections.ShippingTopic][journal.Partition([]byte(orderID(1)), partitions)] = 5
 	s.tell(orderID(1), shipping.Created{})
 	var log bytes.Buffer
 	var mu sync.Mutex

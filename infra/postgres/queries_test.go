@@ -138,7 +138,7 @@ func TestTheAnswersOfAPaymentAndItsParts(t *testing.T) {
 	s.tell(id, payments.RefundRequested{Refund: refund, Amount: pounds(100)})
 	s.tell(id, payments.RefundRequested{Refund: uuid.Nil, Amount: pounds(30)})
 	// A day later.
-	s.clock = s.clock.AddDate(0, 0, 1)
+	s.Clock = s.Clock.AddDate(0, 0, 1)
 	s.tell(id, payments.Refunded{Refund: refund, Amount: pounds(100), Postings: []payments.Posting{
 		{Account: payments.AccountRevenue, Amount: pounds(100)}, {Account: payments.AccountReceivable, Amount: pounds(-100)}}})
 	dollar := domain.Money{Amount: 7, Currency: "USD"}

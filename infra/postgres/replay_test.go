@@ -173,7 +173,7 @@ func TestASwapNeverGoesBackBehindLiveProjection(t *testing.T) {
 	s.stock(100)
 	s.order(0, 3)
 	ends := map[string][]int64{}
-	for topic, sequence := range s.seqs {
+	for topic, sequence := range s.Seqs {
 		ends[topic] = slices.Clone(sequence)
 	}
 	for i := range 30 {

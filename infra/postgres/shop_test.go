@@ -15,12 +15,12 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"wharf/domain"
+	"wharf/domain/domaintest"
 	"wharf/domain/inventory"
 	"wharf/domain/orders"
-	"wharf/domain/payments"
-	"wharf/domain/shipping"
 	"wharf/infra/embedded/pgtest"
 	"wharf/infra/journal"
+	"wharf/infra/journal/journaltest"
 	"wharf/projections"
 )
 
@@ -30,18 +30,15 @@ const partitions = 12
 type shop struct {
 	topics map[string]*journal.Memory
 
-	mu       sync.Mutex
-	seqs     map[string][]int64
-	versions map[string]int64 // by topic and stream
-	clock    time.Time
-	ids      uint64
+	mu sync.Mutex
+	*journaltest.Teller
 }
 
 func newShop() *shop {
-	s := &shop{topics: map[string]*journal.Memory{}, seqs: map[string][]int64{}, versions: map[string]int64{},
-		clock: time.Date(2026, 3, 31, 23, 59, 0, 123456789, time.UTC)}
+	clock := time.Date(2026, 3, 31, 23, 59, 0, 123456789, time.UTC)
+	s := &shop{topics: map[string]*journal.Memory{}, Teller: journaltest.NewTeller(clock, partitions, projections.Topics...)}
 	for _, t := range projections.Topics {
-		s.topics[t], s.seqs[t] = journal.NewMemory(partitions), make([]int64, partitions)
+		s.topics[t] = journal.NewMemory(partitions)
 	}
 	return s
 }
@@ -72,7 +69,7 @@ func (s *shop) tell(stream string, events ...domain.Event) domain.Position {
 		if err != nil {
 			panic(err)
 		}
-		r := s.next(topicOf(e), stream, e.EventName(), data)
+		r := s.Next(topicOf(e), stream, e.EventName(), data)
 		last = r.Position
 		records = append(records, journal.NewEventRecord(r))
 	}
@@ -80,25 +77,11 @@ func (s *shop) tell(stream string, events ...domain.Event) domain.Position {
 	return last
 }
 
-// next is the next event of the stream, not yet published.
-func (s *shop) next(topic, stream, name string, data []byte) domain.Recorded {
-	p := journal.Partition([]byte(stream), partitions)
-	s.seqs[topic][p]++
-	s.versions[topic+stream]++
-	s.clock = s.clock.Add(time.Millisecond)
-	s.ids++
-	return domain.Recorded{
-		ID: uuid.NewSHA1(uuid.Nil, fmt.Appendf(nil, "event %d", s.ids)), Name: name,
-		Service: strings.TrimSuffix(topic, ".events"), Stream: stream, Version: s.versions[topic+stream], Time: s.clock,
-		Position: domain.Position{Topic: topic, Partition: p, Seq: s.seqs[topic][p]}, Data: data,
-	}
-}
-
 // raw publishes an event as it is.
 func (s *shop) raw(topic, stream, name string, data string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.append(topic, journal.NewEventRecord(s.next(topic, stream, name, []byte(data))))
+	s.append(topic, journal.NewEventRecord(s.Next(topic, stream, name, []byte(data))))
 }
 
 func (s *shop) append(topic string, records ...journal.Record) {
@@ -113,39 +96,12 @@ func orderID(i int) string { return uuid.NewSHA1(uuid.Nil, fmt.Appendf(nil, "ord
 
 // place tells how order i went, from its placing to its delivery, with so many lines of SKU-0, SKU-1, …
 func (s *shop) order(i, lines int) {
-	id := orderID(i)
-	var placed orders.Placed
-	placed.Customer = fmt.Sprintf("customer %d", i%10)
-	placed.Total = pounds(0)
+	var told []orders.Line
 	for l := range lines {
-		line := orders.Line{SKU: fmt.Sprintf("SKU-%d", (i+l)%100), Quantity: int64(1 + l%3), UnitPrice: pounds(250)}
-		placed.Lines = append(placed.Lines, line)
-		placed.Total.Amount += line.Quantity * 250
+		told = append(told, orders.Line{SKU: fmt.Sprintf("SKU-%d", (i+l)%100), Quantity: int64(1 + l%3), UnitPrice: pounds(250)})
 	}
-	placed.Items = orders.Items(placed.Lines)
-	s.tell(id, placed)
-	order := uuid.MustParse(id)
-	for _, item := range placed.Items {
-		s.tell(item.SKU, inventory.Reserved{Order: order, Quantity: item.Quantity})
-		s.tell(id, orders.ItemReserved{SKU: item.SKU})
-	}
-	s.tell(id, orders.StockConfirmed{Total: placed.Total})
-	s.tell(id, payments.AuthorizationRequested{Amount: placed.Total})
-	s.tell(id, payments.Authorized{Amount: placed.Total, Reference: "ref", Postings: []payments.Posting{
-		{Account: payments.AccountAuthorized, Amount: placed.Total},
-		{Account: payments.AccountAuthorizedFor, Amount: pounds(-placed.Total.Amount)}}})
-	s.tell(id, orders.Confirmed{Items: placed.Items})
-	s.tell(id, shipping.Created{Items: placed.Items}, shipping.Dispatched{Carrier: "Post", Tracking: "T1", Items: placed.Items})
-	s.tell(id, orders.Shipped{Carrier: "Post", Tracking: "T1", Items: placed.Items, Total: placed.Total})
-	for _, item := range placed.Items {
-		s.tell(item.SKU, inventory.Shipped{Order: order, Quantity: item.Quantity})
-	}
-	s.tell(id, payments.CaptureRequested{Amount: placed.Total})
-	s.tell(id, payments.Captured{Amount: placed.Total, Postings: []payments.Posting{
-		{Account: payments.AccountReceivable, Amount: placed.Total},
-		{Account: payments.AccountRevenue, Amount: pounds(-placed.Total.Amount)}}})
-	s.tell(id, shipping.Delivered{})
-	s.tell(id, orders.Delivered{Items: placed.Items})
+	domaintest.Deliver(uuid.MustParse(orderID(i)), fmt.Sprintf("customer %d", i%10), told,
+		func(stream string, events ...domain.Event) { s.tell(stream, events...) })
 }
 
 func (s *shop) stock(skus int) {
