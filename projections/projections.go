@@ -130,7 +130,7 @@ type Model struct {
 	Rows           // its rows
 
 	events map[string]domain.Events
-	brief  domain.Events
+	brief  map[string]domain.Event // by name: the zero fact
 }
 
 // Rows works on the rows of one read model. A key is comparable; a row is a pointer, nobody else's than the caller's.
@@ -159,7 +159,14 @@ func Define[K comparable, R any](s Spec[K, R]) Model {
 		panic(s.Name + ": the key must be a stream's id or contain the partition")
 	}
 	m := Model{Name: s.Name, Version: s.Version, Keys: len(rows.key), Indexes: s.Indexes, Append: s.Append, Rows: rows,
-		events: s.Events, brief: s.Brief}
+		events: s.Events, brief: map[string]domain.Event{}}
+	for name := range s.Brief {
+		fact, err := s.Brief.Decode(name, []byte("{}"))
+		if err != nil {
+			panic(s.Name + ": " + err.Error())
+		}
+		m.brief[name] = fact
+	}
 	for _, f := range slices.Concat(rows.key, rows.row) {
 		m.Columns = append(m.Columns, f.column)
 	}
@@ -209,11 +216,10 @@ func (m Model) Decode(r domain.Recorded) (e Event, listens bool, err error) {
 	if !utf8.Valid(r.Data) || bytes.Contains(r.Data, []byte(`\u0000`)) {
 		return Event{Recorded: r}, true, fmt.Errorf("%w: its data is no text", ErrUndecodable)
 	}
-	data := r.Data
-	if _, brief := m.brief[r.Name]; brief {
-		data = []byte("{}")
+	if fact, brief := m.brief[r.Name]; brief {
+		return Event{r, fact}, true, nil
 	}
-	fact, err := vocabulary.Decode(r.Name, data)
+	fact, err := vocabulary.Decode(r.Name, r.Data)
 	if err != nil {
 		return Event{Recorded: r}, true, fmt.Errorf("%w: %w", ErrUndecodable, err)
 	}
@@ -345,8 +351,9 @@ func (t rows[K, R]) ParseKey(text string) (any, error) {
 func appendValues(to []any, fields []field, v reflect.Value) ([]any, error) {
 	for _, f := range fields {
 		value := v.Field(f.index)
-		switch x := value.Interface(); {
+		switch {
 		case f.column.Type == "json":
+			x := value.Interface()
 			data, raw := x.(json.RawMessage) // which stays as it is
 			if !raw {
 				var err error
@@ -360,6 +367,7 @@ func appendValues(to []any, fields []field, v reflect.Value) ([]any, error) {
 		case value.CanInt():
 			to = append(to, value.Int())
 		default:
+			x := value.Interface()
 			if id, ok := x.(uuid.UUID); ok {
 				x = [16]byte(id)
 			}

@@ -29,15 +29,19 @@ import (
 )
 
 var (
-	seconds = flag.Float64("seconds", 4, "how long a run is measured, after a warm-up of a third of it (2 s at most)")
-	rounds  = flag.Int("rounds", 3, "how often each measure is taken; medians are reported")
-	streams = flag.Int("streams", 200_000, "streams that are kept in memory; up to 10,000,000")
-	commits = flag.Int("commits", 500_000, "commits in the log that a replica starts from")
-	best    = flag.Float64("best", 12_600, "commands/s of the best framework over many streams at 256 callers")
-	only    = flag.String("brokers", "kfake,apache", "the brokers to measure on")
-	hot     = flag.Int("hot", 1024, "callers of the hot stream at each of its replicas")
-	asking  = flag.String("callers", "1,16,64,256,1024", "callers at a time")
-	side    = flag.String("side", "", "measure only wharf, or only limit, and no half load: for a profile")
+	seconds    = flag.Float64("seconds", 4, "how long a run is measured, after a warm-up of a third of it (2 s at most)")
+	rounds     = flag.Int("rounds", 3, "how often each measure is taken; medians are reported")
+	streams    = flag.Int("streams", 200_000, "streams that are kept in memory; up to 10,000,000")
+	commits    = flag.Int("commits", 500_000, "commits in the log that a replica starts from")
+	best       = flag.Float64("best", 12_600, "commands/s of the best framework over many streams at 256 callers")
+	only       = flag.String("brokers", "kfake,apache", "the brokers to measure on")
+	hot        = flag.Int("hot", 1024, "callers of the hot stream at each of its replicas")
+	asking     = flag.String("callers", "1,16,64,256,1024", "callers at a time")
+	readOrders = flag.Int("orders", 10_000, "made-up orders of the log that read models are made of; each has 28 events")
+	invoices   = flag.String("invoices", "", "a file of invoices, as wharf load takes it: the log of them is measured as well")
+	sizes      = flag.String("sizes", "100000,1000000", "events of the logs that show how replay grows; 10000000 takes 10 GiB of disk")
+	peers      = flag.String("peers", "", "a shell command that runs frameworks and prints {\"peer\", \"measure\", \"rate_per_s\"} a line")
+	side       = flag.String("side", "", "measure only wharf, or only limit, and no half load: for a profile")
 
 	callers []int
 )

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net/http"
 	"os"
 	"os/exec"
@@ -182,12 +183,13 @@ func (b broker) topics(t *testing.T, c *kafka.Client, names ...string) (remove f
 	return func() { b.remove(t, names) }
 }
 
-// client is the other end of HTTP: what it is to do.
+// client is the other end of HTTP: what it is to do. It places orders, or gets them.
 type client struct {
 	URL     string
 	Callers int
 	Rate    float64 // orders/s, or 0 for as many as are answered
 	Seconds float64
+	Orders  []string // GET one of these and not POST
 }
 
 // orderBody is the order that everybody places.
@@ -229,12 +231,10 @@ func playClient() error {
 	hc := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{
 		MaxIdleConnsPerHost: c.Callers, MaxConnsPerHost: c.Callers, DisableCompression: true}}
 	s, err := drive(l, func(int) error {
-		req, err := http.NewRequest(http.MethodPost, c.URL, bytes.NewReader([]byte(orderBody)))
+		req, want, err := c.request()
 		if err != nil {
 			return err
 		}
-		req.Header.Set("Content-Type", "application/json")
-		req.Header.Set("Idempotency-Key", uuid.NewString())
 		resp, err := hc.Do(req)
 		if err != nil {
 			return err
@@ -244,7 +244,7 @@ func playClient() error {
 		if err != nil {
 			return err
 		}
-		if resp.StatusCode != http.StatusCreated {
+		if resp.StatusCode != want {
 			return fmt.Errorf("status %d: %s", resp.StatusCode, answer)
 		}
 		return nil
@@ -253,4 +253,17 @@ func playClient() error {
 		return err
 	}
 	return json.NewEncoder(os.Stdout).Encode([3]float64{s.rate, s.p50, s.p99})
+}
+
+func (c client) request() (req *http.Request, want int, err error) {
+	if len(c.Orders) > 0 {
+		req, err = http.NewRequest(http.MethodGet, c.URL+"/"+c.Orders[rand.IntN(len(c.Orders))], nil)
+		return req, http.StatusOK, err
+	}
+	if req, err = http.NewRequest(http.MethodPost, c.URL, bytes.NewReader([]byte(orderBody))); err != nil {
+		return nil, 0, err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("Idempotency-Key", uuid.NewString())
+	return req, http.StatusCreated, nil
 }

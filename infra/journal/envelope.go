@@ -1,9 +1,12 @@
 package journal
 
 import (
+	"bytes"
 	"fmt"
+	"maps"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -67,7 +70,7 @@ func NewEventRecord(e domain.Recorded) Record {
 // a consumer skips and counts.
 func ParseEvent(topic string, r Record) (domain.Recorded, bool) {
 	e := domain.Recorded{Data: r.Value, Position: domain.Position{Topic: topic, Partition: r.Partition}}
-	var spec, source string
+	var spec, source []byte
 	var err error
 	number := func(v []byte) (n int64) {
 		var bad error
@@ -79,16 +82,16 @@ func ParseEvent(topic string, r Record) (domain.Recorded, bool) {
 	for _, h := range r.Headers {
 		switch h.Key {
 		case ceSpecVersion:
-			spec = string(h.Value)
+			spec = h.Value
 		case ceID:
 			var bad error
 			if e.ID, bad = uuid.ParseBytes(h.Value); bad != nil {
 				err = bad
 			}
 		case ceSource:
-			source = string(h.Value)
+			source = h.Value
 		case ceType:
-			e.Name = string(h.Value)
+			e.Name = known.text(h.Value)
 		case ceSubject:
 			e.Stream = string(h.Value)
 		case ceTime:
@@ -113,12 +116,39 @@ func ParseEvent(topic string, r Record) (domain.Recorded, bool) {
 			}
 		}
 	}
-	service, ours := strings.CutPrefix(source, sourceRoot)
-	e.Service = service
-	if err != nil || !ours || spec != "1.0" || e.ID == uuid.Nil || e.Name == "" || e.Seq < 1 || e.Version < 1 {
+	service, ours := bytes.CutPrefix(source, []byte(sourceRoot))
+	e.Service = known.text(service)
+	if err != nil || !ours || string(spec) != "1.0" || e.ID == uuid.Nil || e.Name == "" || e.Seq < 1 || e.Version < 1 {
 		return domain.Recorded{}, false
 	}
 	return e, true
+}
+
+// known are the names of events and services that were seen, of which there are few: nobody needs many copies of one.
+var known texts
+
+type texts struct {
+	seen atomic.Pointer[map[string]string]
+}
+
+const mostTexts = 1000
+
+// text is the text, in one copy if it is among the first.
+func (t *texts) text(b []byte) string {
+	seen := t.seen.Load()
+	if seen == nil {
+		seen = &map[string]string{}
+	}
+	if s, ok := (*seen)[string(b)]; ok {
+		return s
+	}
+	s := string(b)
+	if len(*seen) < mostTexts {
+		more := maps.Clone(*seen)
+		more[s] = s
+		t.seen.Store(&more) // what another adds at the same time is added again when it is next seen
+	}
+	return s
 }
 
 // ParsePosition reverses domain.Position.String.

@@ -350,6 +350,7 @@ func decode(block *sarama.FetchResponseBlock, partition int32, from int64, names
 		b.Records = make([]journal.Record, 0, records)
 	}
 	all := make([]journal.Header, 0, headers)
+	var last []journal.Header
 	for _, set := range block.RecordsSet {
 		rb := set.RecordBatch
 		if rb.PartialTrailingRecord {
@@ -371,10 +372,17 @@ func decode(block *sarama.FetchResponseBlock, partition int32, from int64, names
 				out.Time = rb.MaxTimestamp
 			}
 			first := len(all)
-			for _, h := range r.Headers {
-				all = append(all, journal.Header{Key: names.get(h.Key), Value: h.Value})
+			for i, h := range r.Headers {
+				name := ""
+				if i < len(last) && last[i].Key == string(h.Key) { // most records have the same headers in the same order
+					name = last[i].Key
+				} else {
+					name = names.get(h.Key)
+				}
+				all = append(all, journal.Header{Key: name, Value: h.Value})
 				size += len(h.Key) + len(h.Value)
 			}
+			last = all[first:]
 			out.Headers = withoutUUID(all[first:len(all):len(all)])
 			b.Records = append(b.Records, out)
 			size += len(r.Key) + len(r.Value) + 128

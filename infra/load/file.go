@@ -78,6 +78,20 @@ func (all invoices) choose(n int, report *Report, say func(string, ...any)) []or
 	return chosen
 }
 
+// Lines is the lines of each order that the file makes, in file order, for those who only want to know what real orders
+// look like. Rows that cannot be read are passed over.
+func Lines(file string) ([][]orders.Line, error) {
+	all, err := readFile(file, func(int, error) {})
+	if err != nil {
+		return nil, err
+	}
+	var lines [][]orders.Line
+	for _, o := range all.choose(0, &Report{}, func(string, ...any) {}) {
+		lines = append(lines, o.lines)
+	}
+	return lines, nil
+}
+
 // readFile reads a file of invoices. It tells bad of each row that it cannot read, with its line number from 1.
 func readFile(name string, bad func(line int, err error)) (invoices, error) {
 	f, err := os.Open(name)

@@ -211,7 +211,7 @@ func (e *Engine) asOf(ctx context.Context, m projections.Model, at *Moment, s *S
 					}
 					return nil
 				}
-				keys, err := t.keysOf(arrival{Event: event})
+				keys, err := t.keysOf(&arrival{Event: event})
 				if err != nil {
 					return fmt.Errorf("event %s: %w", r.Position, err)
 				}

@@ -408,7 +408,7 @@ func (e *Engine) repair(ctx context.Context, m projections.Model, b build, parti
 
 // retry applies one parked event, if nothing before it is parked still, or writes down why it cannot be applied.
 func (t *task) retry(ctx context.Context, tx pgx.Tx, recorded domain.Recorded) (applied bool, err error) {
-	event := touch{}
+	event := touch{arrival: &arrival{}}
 	event.Event, _, event.bad = t.model.Decode(recorded)
 	event.keys, event.err = t.keysOf(event.arrival)
 	t.rows = newRowCache(false, t.limits.rows)
