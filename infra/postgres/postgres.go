@@ -18,6 +18,7 @@ import (
 	"github.com/exaring/otelpgx"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
+	pgxuuid "github.com/vgarvardt/pgx-google-uuid/v5"
 )
 
 // QueryRole is the role that can read the views and do nothing else.
@@ -47,7 +48,11 @@ func OpenQuery(ctx context.Context, url string) (*pgxpool.Pool, error) {
 		c.ConnConfig.RuntimeParams["default_transaction_read_only"] = "on"
 		c.ConnConfig.RuntimeParams["statement_timeout"] = queryTimeout
 		c.ConnConfig.RuntimeParams["idle_in_transaction_session_timeout"] = idleTimeout
+		types := c.AfterConnect
 		c.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
+			if err := types(ctx, conn); err != nil {
+				return err
+			}
 			_, err := conn.Exec(ctx, "SET ROLE "+QueryRole)
 			return err
 		}
@@ -65,6 +70,10 @@ func open(ctx context.Context, url, role string, adjust func(*pgxpool.Config)) (
 	c.ConnConfig.ConnectTimeout = connectTimeout
 	c.ConnConfig.Tracer = otelpgx.NewTracer()
 	c.ConnConfig.RuntimeParams["application_name"] = "wharf-" + role
+	c.AfterConnect = func(_ context.Context, conn *pgx.Conn) error {
+		pgxuuid.Register(conn.TypeMap()) // else a UUID goes by its text
+		return nil
+	}
 	adjust(c)
 	pool, err := pgxpool.NewWithConfig(ctx, c)
 	if err != nil {
