@@ -12,6 +12,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"golang.org/x/sync/semaphore"
 
 	"wharf/infra/journal"
 	"wharf/projections"
@@ -27,7 +28,7 @@ type Config struct {
 
 	// Optional.
 	Models   []projections.Model // projections.All
-	Interval time.Duration       // how long a busy task collects for a transaction at most; 200 ms
+	Interval time.Duration       // how long a position that changed no rows waits to be stored at most; 1 second
 	Batch    int                 // most events in one transaction; 5,000
 	Grace    time.Duration       // how long a build that is not needed any more is kept for the queries on it; 1 minute
 	Keep     time.Duration       // how long the previous build is kept up to date, for a rollback; 1 hour
@@ -45,8 +46,9 @@ type Config struct {
 //	Setup, then Run in a goroutine of its own, and RunPartition for each partition number that this process owns.
 type Engine struct {
 	Config
-	pool *pgxpool.Pool
-	bulk limits
+	pool  *pgxpool.Pool
+	bulk  limits
+	turns *semaphore.Weighted // of its tasks, see turn
 
 	mu      sync.Mutex
 	kept    map[role]*keptBuild
@@ -69,7 +71,7 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 		c.Models = projections.All
 	}
 	if c.Interval == 0 {
-		c.Interval = 200 * time.Millisecond
+		c.Interval = time.Second
 	}
 	if c.Batch == 0 {
 		c.Batch = 5000
@@ -92,7 +94,7 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
-	return &Engine{Config: c, pool: pool, bulk: bulkLimits, kept: map[role]*keptBuild{}, changed: make(chan struct{})}
+	return &Engine{Config: c, pool: pool, bulk: bulkLimits, turns: semaphore.NewWeighted(writers), kept: map[role]*keptBuild{}, changed: make(chan struct{})}
 }
 
 // oldest is the oldest Postgres that will do, as server_version_num counts.

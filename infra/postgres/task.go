@@ -22,10 +22,10 @@ import (
 
 // task is one read model in one partition number, on one build. It has this way of working:
 //
-//	feeds, one a topic: read, check the order, decode  ─▶  collect a batch  ─▶  fold it into rows in memory
-//	─▶  flush: the changed rows and the new position in one transaction
+//	feeds, one a topic: read, check the order, decode  ─▶  collect a batch until it is the task's turn
+//	─▶  fold it into rows in memory  ─▶  flush: the changed rows and the new position in one transaction
 //
-// Batches make themselves: what arrives while a transaction is under way is the next one. After any error the task
+// Batches make themselves: what arrives while others have their turn is in the next one. After any error the task
 // object is thrown away, and a new one begins at the stored position: nothing is lost or doubled, whatever became of
 // the transaction.
 type task struct {
@@ -119,11 +119,11 @@ const (
 	batchBytes = 8 << 20
 	cachedRows = 500
 
-	// A busy task leaves so many times what a transaction takes between the beginnings of two: where transactions are
-	// quick, rows are there in a moment; where they are not, each has more in it.
-	flushShare = 20
-	// A position without rows is stored that many times more rarely than one with rows.
-	emptyIntervals = 5
+	// writers is how many tasks of an engine read and write rows at a time (see turn): so an event of a quiet shop is seen
+	// at once, and a busy shop has few, large transactions.
+	writers = 4
+	// A position without rows is stored so that a transaction's time is such a part of all the time.
+	emptyShare = 100
 )
 
 // bulkLimits are those of a task that fills a build.
@@ -173,19 +173,28 @@ func (t *task) follow(ctx context.Context, until []int64) error {
 		if err != nil {
 			return err
 		}
-		if err := t.fold(ctx, batch); err != nil {
+		done, err := t.store(ctx, batch, until)
+		if err != nil || done {
 			return err
 		}
-		halt, done := batch.halt, t.at.passed(until)
-		if !t.bulk || t.rows.full() || halt != nil || done {
-			if err := t.flush(ctx); err != nil {
-				return err
-			}
-		}
-		if halt != nil || done {
-			return halt
+	}
+}
+
+// store folds the batch, and writes what comes of it. It is done when it is where it should end.
+func (t *task) store(ctx context.Context, b batch, until []int64) (done bool, err error) {
+	if b.turn != nil {
+		defer b.turn.end(t.full(b))
+	}
+	if err := t.fold(ctx, b); err != nil {
+		return false, err
+	}
+	done = t.at.passed(until)
+	if !t.bulk || t.rows.full() || b.halt != nil || done {
+		if err := t.flush(ctx); err != nil {
+			return false, err
 		}
 	}
+	return done, b.halt
 }
 
 func (p position) passed(until []int64) bool {
@@ -295,12 +304,12 @@ type batch struct {
 	events int
 	bytes  int
 	halt   error
+	turn   *turn // of a batch with events, unless it fills a build
 }
 
-// collect waits for a chunk and takes what else is there, up to the limits. A busy task collects for a while, because a
-// transaction costs the same whether there is much in it or little.
-func (t *task) collect(ctx context.Context, chunks <-chan chunk, until []int64) (batch, error) {
-	b := batch{at: t.at.clone()}
+// collect waits for a chunk and takes what else is there, up to the limits, until it is the task's turn.
+func (t *task) collect(ctx context.Context, chunks <-chan chunk, until []int64) (b batch, err error) {
+	b.at = t.at.clone()
 	b.at.skipped = 0
 	add := func(c chunk) {
 		b.chunks = append(b.chunks, c)
@@ -316,36 +325,98 @@ func (t *task) collect(ctx context.Context, chunks <-chan chunk, until []int64) 
 			t.moved(c.records, c.bytes)
 		}
 	}
-	select {
-	case c := <-chunks:
-		add(c)
-	case <-ctx.Done():
-		return b, ctx.Err()
-	}
-	for b.halt == nil && b.events < t.limits.events && b.bytes < t.limits.bytes && !b.at.passed(until) {
-		interval := min(flushShare*t.took, t.e.Interval)
-		if b.events == 0 { // nothing to show but that there was nothing
-			interval *= emptyIntervals
+	defer func() {
+		if err != nil && b.turn != nil {
+			b.turn.giveUp()
 		}
-		pause := time.Until(t.last.Add(interval))
-		if pause <= 0 {
+	}()
+	var due <-chan time.Time // when a position without rows is stored
+	for {
+		full := t.full(b) || b.halt != nil || b.at.passed(until)
+		if b.events > 0 && !t.bulk && b.turn == nil {
+			b.turn = t.e.ask(ctx)
+		}
+		more, granted := chunks, b.turn.granted()
+		switch {
+		case full:
+			if more = nil; granted == nil {
+				return b, nil
+			}
+		case b.chunks != nil: // what is there comes along, whose turn it is or not
 			select {
 			case c := <-chunks:
 				add(c)
 				continue
 			default:
+			}
+			if t.bulk {
 				return b, nil
+			}
+			if b.turn == nil && due == nil {
+				due = time.After(time.Until(t.last.Add(min(emptyShare*t.took, t.e.Interval))))
 			}
 		}
 		select {
-		case c := <-chunks:
+		case c := <-more:
 			add(c)
-		case <-time.After(pause):
+		case err := <-granted:
+			if err != nil {
+				b.turn = nil
+			}
+			return b, err
+		case <-due:
+			if b.turn == nil {
+				return b, nil
+			}
 		case <-ctx.Done():
 			return b, ctx.Err()
 		}
 	}
-	return b, nil
+}
+
+// full says that the batch is as large as it may be.
+func (t *task) full(b batch) bool { return b.events >= t.limits.events || b.bytes >= t.limits.bytes }
+
+// turn is a task's turn at the rows. Turns are given in the order in which they were asked for.
+type turn struct {
+	given chan error
+	began time.Time
+	e     *Engine
+}
+
+func (e *Engine) ask(ctx context.Context) *turn {
+	t := &turn{given: make(chan error, 1), e: e}
+	go func() {
+		err := e.turns.Acquire(ctx, 1)
+		t.began = time.Now()
+		t.given <- err
+	}()
+	return t
+}
+
+// granted has the error when there is no turn any more; it is nil when none was asked for.
+func (t *turn) granted() <-chan error {
+	if t == nil {
+		return nil
+	}
+	return t.given
+}
+
+// end passes the turn on: at once when there is much to catch up with, or else after as much time again, in which more
+// comes together.
+func (t *turn) end(busy bool) {
+	if busy {
+		t.e.turns.Release(1)
+		return
+	}
+	time.AfterFunc(time.Since(t.began), func() { t.e.turns.Release(1) })
+}
+
+// giveUp gives back a turn that has not been taken, after its ctx has ended.
+func (t *turn) giveUp() {
+	if err := <-t.given; err == nil {
+		t.e.turns.Release(1)
+	}
 }
 
 // fold applies the batch to the rows in memory.
