@@ -45,7 +45,13 @@ ROUNDS ?= 2
 
 .PHONY: torture
 torture: ## Kill, pause and restart processes of the shop under load, and count (ROUNDS=2 SEED=0, which is any; Linux)
-	go test -tags torture -count=1 -timeout 0 -v ./infra/torture -rounds $(ROUNDS) -seed $(SEED)
+	go test -tags torture -count=1 -timeout 0 -v -run '^TestTorture$$' ./infra/torture -rounds $(ROUNDS) -seed $(SEED)
+
+INVOICES ?=
+
+.PHONY: replays
+replays: ## Replay, roll back and verify read models while orders are loaded, and kill projectors and replays (INVOICES=file; Linux)
+	go test -tags torture -count=1 -timeout 0 -v -run '^TestReplaysUnderLoad$$' ./infra/torture -invoices '$(abspath $(INVOICES))' -seed $(SEED)
 
 .PHONY: bench
 bench: ## Measure the append path beside its limits, Kafka and the projection engine, on this machine

@@ -5,6 +5,7 @@ package bench_test
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"reflect"
@@ -195,7 +196,7 @@ func rawVisible(t *testing.T, perSecond float64) stat {
 	defer cancel()
 	for p := range int32(partitions) {
 		all.Go(func() {
-			_ = l.source(projections.OrdersTopic).Read(ctx, p, 0, func(b journal.Batch) error {
+			err := l.source(projections.OrdersTopic).Read(ctx, p, 0, func(b journal.Batch) error {
 				var ids, data []string
 				for _, r := range b.Records {
 					ids, data = append(ids, string(r.Key)), append(data, string(r.Value))
@@ -211,6 +212,10 @@ func rawVisible(t *testing.T, perSecond float64) stat {
 				}
 				return nil
 			})
+			if ctx.Err() == nil {
+				t.Errorf("the bare loop: %v", err)
+				cancel()
+			}
 		})
 	}
 	log := l.client.PublicLog(projections.OrdersTopic)
@@ -219,7 +224,14 @@ func rawVisible(t *testing.T, perSecond float64) stat {
 		id := uuid.NewString()
 		data, _ := json.Marshal(string(value))
 		err := log.AppendBatch(t.Context(), journal.Partition([]byte(id), partitions), []journal.Record{{Key: []byte(id), Value: data}})
-		return func() error { <-when(id); return nil }, err
+		return func() error {
+			select {
+			case <-when(id):
+				return nil
+			case <-time.After(time.Minute):
+				return errors.New("an order was not consumed")
+			}
+		}, err
 	})
 }
 

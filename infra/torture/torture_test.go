@@ -45,6 +45,8 @@ var (
 	workers = flag.Int("clients", 512, "keyed commands at a time")
 	quiet   = flag.Bool("quiet", false, "torture nobody")
 	keep    = flag.Bool("keep", false, "keep the data and the logs")
+
+	invoices = flag.String("invoices", "", "of TestReplaysUnderLoad: the file whose orders are loaded; empty: 300 made-up ones")
 )
 
 const (
@@ -102,7 +104,8 @@ type run struct {
 	readBack, staleReads int // of `wharf load`, with tokens
 }
 
-func TestTorture(t *testing.T) {
+// newRun is a shop that runs, until the test ends.
+func newRun(t *testing.T) (r *run, kafka string) {
 	dir, err := os.MkdirTemp("/var/tmp", "wharf-torture-")
 	if err == nil {
 		err = os.Chmod(dir, 0o755) // run by root, Postgres is another user
@@ -110,7 +113,7 @@ func TestTorture(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &run{t: t, dir: dir, ended: map[string]int{}, orders: map[string]int{}, services: map[string]*replicas{}}
+	r = &run{t: t, dir: dir, ended: map[string]int{}, orders: map[string]int{}, services: map[string]*replicas{}}
 	if r.journal, err = os.Create(filepath.Join(dir, "torture.txt")); err != nil {
 		t.Fatal(err)
 	}
@@ -122,25 +125,32 @@ func TestTorture(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	ctx := t.Context()
 	if *seed == 0 {
 		*seed = rand.Uint64()
 	}
 	began := time.Now()
-	kafka, err := r.start(ctx)
+	kafka, err = r.start(t.Context())
 	t.Cleanup(r.stop)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("%d rounds with seed %d on %s; ready after %s", *rounds, *seed, kafka, since(began))
-
-	pace := paceOf(*rounds)
+	t.Logf("seed %d, on %s; ready after %s", *seed, kafka, since(began))
 	r.clients = newClients(r.services["stock"], r.say)
 	r.replayer = &replayer{run: r}
-	r.tormentor = &tormentor{
-		victims: r.victims, random: rand.New(rand.NewPCG(*seed, 0)), every: pace.every, longest: pace.longest, say: r.say,
-		done: map[string]map[string]int{}, busy: map[*victim]bool{},
-	}
+	return r, kafka
+}
+
+// tormentorOf is one who has these victims.
+func (r *run) tormentorOf(victims []*victim, every, longest time.Duration) *tormentor {
+	return &tormentor{victims: victims, random: rand.New(rand.NewPCG(*seed, 0)), every: every, longest: longest, say: r.say,
+		done: map[string]map[string]int{}, busy: map[*victim]bool{}}
+}
+
+func TestTorture(t *testing.T) {
+	r, kafka := newRun(t)
+	ctx := t.Context()
+	pace := paceOf(*rounds)
+	r.tormentor = r.tormentorOf(r.victims, pace.every, pace.longest)
 	client, err := shop.New(r.url, 16)
 	if err != nil {
 		t.Fatal(err)
@@ -179,7 +189,7 @@ func TestTorture(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
-	said, err := complaints(dir)
+	said, err := complaints(r.dir)
 	if err != nil {
 		t.Error(err)
 	}

@@ -1,0 +1,197 @@
+//go:build torture && linux
+
+package torture_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"wharf/projections"
+)
+
+// TestReplaysUnderLoad is a shop in full work while its read models are built anew, taken back and verified, and the
+// projectors and the replays are killed in the middle. Nobody else is: so no query may fail, no answer may be stale to
+// the token of the order that it asks for, and nothing may differ.
+func TestReplaysUnderLoad(t *testing.T) {
+	r, kafka := newRun(t)
+	projectors := slices.DeleteFunc(slices.Clone(r.victims), func(v *victim) bool { return v.kind != "projector" })
+	r.tormentor = r.tormentorOf(projectors, 3*time.Second, 2*time.Second)
+	began := time.Now()
+	loading, loaded := context.WithCancel(t.Context())
+	defer loaded()
+	var all errgroup.Group
+	var report map[string]float64
+	all.Go(func() error {
+		defer loaded()
+		args := []string{"load", "--url", r.url, "--stock", "200", "--read-back", "--json"}
+		if *invoices == "" {
+			args = append(args, "--orders", "300", "--concurrency", "8")
+		} else {
+			args = append(args, "--file", *invoices)
+		}
+		out, err := r.command(t.Context(), args...)
+		if err != nil {
+			return err
+		}
+		return json.Unmarshal(out, &report)
+	})
+	queries := &queries{run: r}
+	all.Go(func() error { return r.tormentor.run(loading) })
+	all.Go(func() error { queries.ask(loading); return nil })
+	all.Go(func() error { return r.replayer.everything(loading) })
+	if err := all.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	took := time.Since(began)
+	rows, events, err := r.replayer.verify(t.Context())
+	if err != nil {
+		t.Error(err)
+	}
+	if broken, _, err := r.audit(t.Context()); err != nil || broken > 0 {
+		t.Errorf("the audit found %d invariants broken: %v", broken, err)
+	}
+	final := report["delivered"] + report["cancelled"] + report["rejected"] + report["expired"]
+	if report["placed"] == 0 || final != report["placed"] || report["read_back"] != report["placed"] || report["stale_reads"] > 0 {
+		t.Errorf("the load: %v", report)
+	}
+	p := r.replayer
+	if p.replays.Load() == 0 || p.rollbacks.Load() == 0 || p.verified.Load() == 0 || p.killed.Load() == 0 {
+		t.Errorf("too little was done to say anything")
+	}
+	if p.differences.Load() > 0 || p.failed.Load() > 0 || queries.failed.Load() > 0 {
+		t.Errorf("found:\n%s", strings.Join(r.clients.findings, "\n"))
+	}
+	var b strings.Builder
+	row := func(name string, value any) { fmt.Fprintf(&b, "%-36s %12v\n", name, value) }
+	row("broker", kafka)
+	row("minutes", fmt.Sprintf("%.1f", took.Minutes()))
+	row("orders placed and final", final)
+	row("orders read with their token", report["read_back"])
+	row("  answers that did not know them", report["stale_reads"])
+	row("commands/s", fmt.Sprintf("%.0f", report["commands_per_s"]))
+	row("other queries", queries.asked.Load())
+	row("  failed", queries.failed.Load())
+	row("  slowest, ms", queries.slowest.Load())
+	row("projectors killed, paused, restarted", r.tormentor.count())
+	t.Logf("\n%s", b.String()+p.table(rows, events))
+}
+
+func (t *tormentor) count() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	did := t.done["projector"]
+	return fmt.Sprint(did[kill], ", ", did[pause], ", ", did[restart])
+}
+
+// everything replays all read models, takes each back, and verifies all, over and over. Every other time the program is
+// killed in the middle.
+func (p *replayer) everything(ctx context.Context) error {
+	for turn := 0; ctx.Err() == nil; turn++ {
+		jobs := [][]string{{"replay", "--all"}}
+		for _, m := range projections.All {
+			jobs = append(jobs, []string{"replay", "--rollback", m.Name})
+		}
+		jobs = append(jobs, []string{"verify"})
+		for _, args := range jobs {
+			limit, cancel := context.WithCancel(ctx)
+			killed := turn%2 == 0
+			if killed {
+				limit, cancel = context.WithTimeout(ctx, rand.N(4*time.Second))
+			}
+			out, err := p.do(limit, args...)
+			switch {
+			case bytes.Contains(out, []byte("differ")):
+				p.differences.Add(1)
+				p.run.clients.find("wharf %s: %s", strings.Join(args, " "), out)
+			case limit.Err() != nil:
+				p.killed.Add(1)
+			case err != nil && bytes.Contains(out, []byte("there is no previous build")): // its replay was killed
+			case err != nil:
+				p.failed.Add(1)
+				p.run.clients.find("wharf %s: %v: %s", strings.Join(args, " "), err, out)
+			case args[0] == "verify":
+				p.verified.Add(1)
+			case args[1] == "--rollback":
+				p.rollbacks.Add(1)
+			default:
+				p.replays.Add(1)
+			}
+			cancel()
+			if ctx.Err() != nil {
+				return nil
+			}
+		}
+	}
+	return nil
+}
+
+// queries asks for everything, all the time, and counts what is no good answer.
+type queries struct {
+	run *run
+
+	asked, failed, slowest atomic.Int64
+}
+
+const askers = 4
+
+func (q *queries) ask(ctx context.Context) {
+	paths := []string{"/orders?limit=20", "/orders?status=delivered&limit=5", "/stock?limit=50", "/shipments?limit=20",
+		"/sales", "/ledger", "/projections"}
+	client := &http.Client{Transport: transport(time.Minute), Timeout: time.Minute}
+	var all sync.WaitGroup
+	for range askers {
+		all.Go(func() {
+			for ctx.Err() == nil {
+				path := paths[rand.IntN(len(paths))]
+				began := time.Now()
+				items, err := q.get(client, path)
+				q.asked.Add(1)
+				took := time.Since(began).Milliseconds()
+				for most := q.slowest.Load(); took > most && !q.slowest.CompareAndSwap(most, took); most = q.slowest.Load() {
+				}
+				if err == nil && strings.HasPrefix(path, "/orders") && len(items) > 0 {
+					id := items[rand.IntN(len(items))].ID
+					_, err = q.get(client, "/orders/"+id)
+					if err == nil {
+						_, err = q.get(client, "/orders/"+id+"/history")
+					}
+					q.asked.Add(2)
+				}
+				if err != nil {
+					q.failed.Add(1)
+					q.run.clients.find("%v", err)
+				}
+				sleep(ctx, 10*time.Millisecond)
+			}
+		})
+	}
+	all.Wait()
+}
+
+func (q *queries) get(client *http.Client, path string) (items []struct{ ID string }, err error) {
+	resp, err := client.Get(q.run.url + path)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("GET %s: %s: %s", path, resp.Status, body)
+	}
+	var list struct{ Items []struct{ ID string } }
+	_ = json.Unmarshal(body, &list)
+	return list.Items, err
+}
