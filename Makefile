@@ -48,10 +48,11 @@ torture: ## Kill, pause and restart processes of the shop under load, and count 
 	go test -tags torture -count=1 -timeout 0 -v -run '^TestTorture$$' ./infra/torture -rounds $(ROUNDS) -seed $(SEED)
 
 INVOICES ?=
+ORDERS ?= 0
 
 .PHONY: replays
-replays: ## Replay, roll back and verify read models while orders are loaded, and kill projectors and replays (INVOICES=file; Linux)
-	go test -tags torture -count=1 -timeout 0 -v -run '^TestReplaysUnderLoad$$' ./infra/torture -invoices '$(abspath $(INVOICES))' -seed $(SEED)
+replays: ## Replay, roll back and verify read models while orders are loaded, and kill projectors and replays (INVOICES=file ORDERS=0, which is all; Linux)
+	go test -tags torture -count=1 -timeout 0 -v -run '^TestReplaysUnderLoad$$' ./infra/torture -invoices '$(abspath $(INVOICES))' -orders $(ORDERS) -seed $(SEED)
 
 .PHONY: bench
 bench: ## Measure the append path beside its limits, Kafka and the projection engine, on this machine

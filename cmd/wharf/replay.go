@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/vbauerster/mpb/v8"
@@ -67,6 +69,7 @@ func (c *replayCmd) Run(ctx context.Context) error {
 	if ways > 1 || c.NoSwap && c.Force {
 		return usageError("only one of --rollback, --dry-run, --no-swap, --force, and a part of what happened can be asked for")
 	}
+	giveWay()
 	return c.withEngine(ctx, "wharf-replay", c.KeepBuilds, func(_ *kafka.Client, engine *postgres.Engine) error {
 		if c.DryRun {
 			return c.dryRun(ctx, engine, models)
@@ -114,6 +117,17 @@ func (c *replayCmd) Run(ctx context.Context) error {
 		}
 		return err
 	})
+}
+
+// giveWay has this process work with what the others leave, so that queries do not wait for a replay. The priority is a
+// thread's own on Linux, and new threads inherit it; where it cannot be lowered, nothing is lost.
+func giveWay() {
+	threads, _ := os.ReadDir("/proc/self/task")
+	for _, thread := range threads {
+		if id, err := strconv.Atoi(thread.Name()); err == nil {
+			_ = syscall.Setpriority(syscall.PRIO_PROCESS, id, 10)
+		}
+	}
 }
 
 // modelsOf checks the names, and puts them in the order in which the read models are listed. No name means all.

@@ -47,6 +47,7 @@ var (
 	keep    = flag.Bool("keep", false, "keep the data and the logs")
 
 	invoices = flag.String("invoices", "", "of TestReplaysUnderLoad: the file whose orders are loaded; empty: 300 made-up ones")
+	orders   = flag.Int("orders", 0, "of TestReplaysUnderLoad: how many orders of the file; 0: all")
 )
 
 const (
