@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -281,6 +282,10 @@ func TestQueryByID(t *testing.T) {
 		ids = append(ids, l.orders[rand.IntN(len(l.orders))].String())
 	}
 	api := l.api(t, pool)
+	wharf := filepath.Join(t.TempDir(), "wharf")
+	if out, err := exec.Command("go", "build", "-o", wharf, "../../cmd/wharf").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
 	for range *rounds {
 		for _, n := range []int{16, busy} {
 			c := client{Callers: n, Orders: ids}
@@ -296,21 +301,32 @@ func TestQueryByID(t *testing.T) {
 		ctx, enough := context.WithCancel(t.Context())
 		var replays atomic.Int64
 		var replaying sync.WaitGroup
-		e := l.engine(t, pool, projections.Orders)
 		replaying.Go(func() {
 			for ctx.Err() == nil {
-				if err := e.Replay(ctx, []string{"orders"}, postgres.ReplayOptions{}, func(postgres.Progress) {}); err == nil {
+				out, err := l.command(ctx, wharf, pool, "replay", "orders").CombinedOutput()
+				if err == nil {
 					replays.Add(1)
+				} else if ctx.Err() == nil {
+					t.Errorf("wharf replay: %v: %s", err, out)
+					return
 				}
 			}
 		})
 		busy := serveFor(t, api, c)
 		enough()
 		replaying.Wait()
-		t.Logf("%d replays of %d events meanwhile", replays.Load(), l.events(projections.Orders))
+		t.Logf("%d replays of %d events came to an end meanwhile", replays.Load(), l.events(projections.Orders))
 		results.add(row{measure: "GET /orders/{id} at 500/s during a replay: p50, ms, beside without"}, busy.p50, calm.p50)
 		results.add(row{measure: "GET /orders/{id} at 500/s during a replay: p99, ms, beside without", most: 2}, busy.p99, calm.p99)
 	}
+}
+
+// command runs the program on the log and the database.
+func (l *told) command(ctx context.Context, wharf string, pool *pgxpool.Pool, args ...string) *exec.Cmd {
+	c := exec.CommandContext(ctx, wharf, args...)
+	c.Env = append(os.Environ(), "WHARF_KAFKA_BROKERS="+strings.Join(l.broker.addrs, ","),
+		"WHARF_DATABASE_URL="+pool.Config().ConnString(), fmt.Sprintf("WHARF_PARTITIONS=%d", partitions))
+	return c
 }
 
 // api is the query service's, on a pool like its own.
