@@ -55,9 +55,9 @@ replays: ## Replay, roll back and verify read models while orders are loaded, an
 	go test -tags torture -count=1 -timeout 0 -v -run '^TestReplaysUnderLoad$$' ./infra/torture -invoices '$(abspath $(INVOICES))' -orders $(ORDERS) -seed $(SEED)
 
 .PHONY: bench
-bench: ## Measure the append path beside its limits, Kafka and the projection engine, on this machine
+bench: ## Measure the append path, the read side and Kafka beside their limits, on this machine
 	go test -tags bench -count=1 -timeout 0 -v ./infra/bench $(BENCH)
-	go test -run '^$$' -bench . -benchtime 1x ./infra/kafka ./infra/postgres
+	go test -run '^$$' -bench . -benchtime 1x ./infra/kafka
 
 .PHONY: lint
 lint: ## Formatting, vet, staticcheck, the import rule, a tidy and verified go.mod

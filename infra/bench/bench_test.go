@@ -1,12 +1,13 @@
 //go:build bench
 
-// Package bench_test answers the question "how near to the limits of this machine is the append path?". It runs with
-// `make bench`, and prints one table: what Wharf does beside what the same broker, the same bytes and the same HTTP
-// server can do at best, taken in the same run, in turns. A figure that is short of its target fails nothing: figures
+// Package bench_test answers the question "how near to the limits of this machine are the append path and the read side?".
+// It runs with `make bench`, and prints one table: what Wharf does beside what the same broker, the same bytes, the same
+// rows, the same HTTP server and the same Postgres can do at best, taken in the same run, in turns. A figure that is short of its target fails nothing: figures
 // differ from machine to machine, and on one that is not quiet.
 //
-// Read this file first: the flags, the table, and the measures, a test each. Then limits_test.go (what is possible) and
-// service_test.go (what Wharf does), memory_test.go, and the tools: drive_test.go (callers), processes_test.go (the
+// Read this file first: the flags, the table, and the measures of the append path, a test each. Then limits_test.go (what is
+// possible) and service_test.go (what Wharf does), memory_test.go; read_test.go (the measures of the read side),
+// readlimits_test.go, logs_test.go (what read models are made of); and the tools: drive_test.go (callers), processes_test.go (the
 // broker and the HTTP client, which are processes of their own).
 package bench_test
 
@@ -174,6 +175,8 @@ A commit's bytes are those that the limit publishes: watermill-kafka's Publisher
 flight, read back by a Sarama partition consumer in the same process. The HTTP client is a process of its own.
 Half load is half of what Wharf has just done at 256 callers, for both. The memory of a stream is that of living objects;
 the heap of ten million, of which -streams were made, is all that the heap occupies, with what lies free in between.
+Read models read from kfake and write to a Postgres that does not wait for the disk, on both sides. Raw: the same rows in
+the same batches, each with its position, nothing read, decoded or folded.
 
 `
 

@@ -2,7 +2,8 @@
 
 // Package compose_test answers the question "does the shop in containers survive the loss of any of them?". It needs
 // Docker, and runs with `make compose-test`: it builds the image, starts the project under a name of its own, loads it
-// through the proxy, scales it, kills its parts in turn under load, audits it, and takes it down.
+// through the proxy, scales it, kills its parts in turn under load, audits it, updates its projectors to a release with
+// another version of a read model and back, and takes it down.
 package compose_test
 
 import (
@@ -11,7 +12,9 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -46,6 +49,78 @@ func (s *stack) compose(args ...string) *exec.Cmd {
 	c.Dir = "../.."
 	c.Env = append(os.Environ(), "PROXY_PORT="+s.port)
 	return c
+}
+
+// next is the same with the next release, in which the read model of shipments has another version and one index more.
+func (s *stack) next(dir string, args ...string) *exec.Cmd {
+	c := s.compose(args...)
+	c.Dir = dir
+	c.Env = append(c.Env, "WHARF_IMAGE="+nextImage)
+	return c
+}
+
+const nextImage = "wharf:next"
+
+// nextRelease makes the source of it.
+func (s *stack) nextRelease() (dir string) {
+	s.t.Helper()
+	dir = s.t.TempDir()
+	for _, what := range []string{"cmd", "commands", "domain", "infra", "projections"} {
+		if err := os.CopyFS(filepath.Join(dir, what), os.DirFS(filepath.Join("../..", what))); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+	copied := []string{"go.mod", "go.sum", "Dockerfile", "docker-compose.yml", ".env", ".dockerignore", "projections/shipments.go"}
+	for _, file := range copied {
+		text, err := os.ReadFile(filepath.Join("../..", file))
+		if err == nil && file == "projections/shipments.go" {
+			changed := bytes.Replace(text, []byte(`Version: 1,`), []byte(`Version: 2,`), 1)
+			changed = bytes.Replace(changed, []byte(`Indexes: []string{`), []byte(`Indexes: []string{"carrier", `), 1)
+			if len(changed) != len(text)+len(`"carrier", `) {
+				s.t.Fatal("the read model of shipments cannot be changed: it looks otherwise than it did")
+			}
+			text = changed
+		}
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, file), text, 0o644)
+		}
+		if err != nil {
+			s.t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// awaitVersion waits until that version of the read model is the live one, and up to date.
+func (s *stack) awaitVersion(model string, version int) {
+	s.t.Helper()
+	var said string
+	for deadline := time.Now().Add(3 * time.Minute); time.Now().Before(deadline); time.Sleep(500 * time.Millisecond) {
+		resp, err := http.Get(s.url() + "/projections")
+		if err != nil {
+			said = err.Error()
+			continue
+		}
+		out, err := io.ReadAll(resp.Body)
+		_ = resp.Body.Close()
+		said = string(out)
+		var status struct {
+			Items []struct {
+				Name, State string
+				Version     int
+				Lag         int64
+			}
+		}
+		if err != nil || json.Unmarshal(out, &status) != nil {
+			continue
+		}
+		for _, item := range status.Items {
+			if item.Name == model && item.State == "live" && item.Version == version && item.Lag == 0 {
+				return
+			}
+		}
+	}
+	s.t.Fatalf("version %d of %s is not live and up to date: %s", version, model, said)
 }
 
 // up brings everything up, as often as it is said, and waits until all of it is healthy.
@@ -86,14 +161,20 @@ func (s *stack) load(orders string) *exec.Cmd {
 	return s.wharf(append(args, invoices()...)...)
 }
 
-func (s *stack) delivered(report, orders string) {
+// loadMore has orders made up: those of the file are placed already.
+func (s *stack) loadMore(orders string) *exec.Cmd {
+	return s.wharf("load", "--url", s.url(), "--orders", orders, "--concurrency", "16", "--read-back", "--json")
+}
+
+// delivered checks a load's report. Some made-up orders are cancelled, none of a file.
+func (s *stack) delivered(report, orders string, cancels bool) {
 	s.t.Helper()
 	var r struct{ Placed, Delivered, Cancelled int }
 	if err := json.Unmarshal([]byte(report), &r); err != nil {
 		s.t.Fatalf("the report %q: %v", report, err)
 	}
 	s.t.Log(strings.TrimSpace(report))
-	if fmt.Sprint(r.Placed) != orders || r.Delivered+r.Cancelled != r.Placed || r.Cancelled > 0 && invoices() != nil {
+	if fmt.Sprint(r.Placed) != orders || r.Delivered+r.Cancelled != r.Placed || r.Cancelled > 0 && !cancels {
 		s.t.Errorf("of %s orders %d are delivered", orders, r.Delivered)
 	}
 }
@@ -137,7 +218,7 @@ func TestTheShopInContainers(t *testing.T) {
 	s.timed("build the tool", exec.Command("go", "build", "-o", s.bin, "../../cmd/wharf"))
 	s.timed("build the image", s.compose("build", "topics"))
 	s.timed("start", s.up())
-	s.delivered(s.timed("load "+ordersA+" orders", s.load(ordersA)), ordersA)
+	s.delivered(s.timed("load "+ordersA+" orders", s.load(ordersA)), ordersA, invoices() == nil)
 	scale := []string{"--scale", "orders=3", "--scale", "projector=3"}
 	s.timed("scale", s.up(scale...))
 
@@ -176,7 +257,7 @@ func TestTheShopInContainers(t *testing.T) {
 	if len(left) > 0 {
 		t.Errorf("the load had ended before %s were crashed: it was too small", left)
 	}
-	s.delivered(report.String(), ordersB)
+	s.delivered(report.String(), ordersB, invoices() == nil)
 	s.timed("wait until all are healthy", s.up(scale...))
 	for _, service := range victims {
 		if n := s.inspect(container(service), "{{.RestartCount}}"); n == "0" {
@@ -190,6 +271,22 @@ func TestTheShopInContainers(t *testing.T) {
 	s.timed("roll back", in("replay", "--rollback", "orders"))
 	t.Log(s.timed("verify", in("verify")))
 	t.Log(s.timed("audit", s.wharf("audit", "--url", s.url())))
+
+	// A rolling update: first one projector of the next release beside the old ones, then all; and back again.
+	next := s.nextRelease()
+	s.timed("build the next release", s.next(next, "build", "topics"))
+	beside := []string{"up", "--detach", "--wait", "--wait-timeout", "120", "--no-deps"}
+	s.timed("a newer projector comes", s.next(next, append(beside, "--no-recreate", "--scale", "projector=4", "projector")...))
+	s.awaitVersion("shipments", 2)
+	s.delivered(s.timed("load "+ordersA+" orders meanwhile", s.loadMore(ordersA)), ordersA, true)
+	s.timed("all projectors are newer", s.next(next, append(beside, "--scale", "projector=3", "projector")...))
+	s.awaitVersion("shipments", 2)
+	t.Log(s.timed("verify", in("verify")))
+	s.timed("all projectors are older", s.compose(append(beside, "--scale", "projector=3", "projector")...))
+	s.timed("roll back", in("replay", "--rollback", "shipments"))
+	s.awaitVersion("shipments", 1)
+	s.delivered(s.timed("load "+ordersA+" orders more", s.loadMore(ordersA)), ordersA, true)
+	t.Log(s.timed("verify", in("verify")))
 
 	s.timed("stop", s.compose("stop"))
 	for line := range strings.Lines(s.must(s.compose("ps", "--all", "--format", "{{.Name}} {{.Service}} {{.ExitCode}}"))) {

@@ -54,7 +54,8 @@ func TestPositionsAndRowsAgreeWhateverGoesWrong(t *testing.T) {
 	for round := range 50 {
 		s.order(100+round, 3)
 		seen := one[int64](t, admin, "SELECT sum(o)::bigint FROM wharf.tasks, unnest(offsets) o")
-		stop := start(t, New(openURL(t, pool.Config().ConnString()), replayer.Config))
+		e := New(openURL(t, pool.Config().ConnString()), replayer.Config)
+		stop := start(t, e)
 		if round%5 == 0 {
 			exec(`SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()`)
 		}
@@ -65,6 +66,7 @@ func TestPositionsAndRowsAgreeWhateverGoesWrong(t *testing.T) {
 			return one[int64](t, admin, "SELECT sum(o)::bigint FROM wharf.tasks, unnest(offsets) o") > seen+20
 		})
 		stop()
+		eventually(t, "all turns have been given back", func() bool { return e.turns.TryAcquire(writers) })
 	}
 	cancel()
 	others.Wait()

@@ -47,7 +47,7 @@ func checksum(b []byte) []byte {
 // openToken puts the position in the place of the request's token, or says what is wrong with it.
 func (i Installation) openToken(r *http.Request) *Problem {
 	tokens := r.Header.Values(tokenHeader)
-	if len(tokens) == 0 || r.Method != http.MethodGet {
+	if len(tokens) == 0 || r.Method != http.MethodGet && r.Method != http.MethodHead {
 		return nil // commands have no use for one
 	}
 	position, wrong := i.open(tokens[0])
