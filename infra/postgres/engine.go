@@ -53,6 +53,7 @@ type Engine struct {
 	mu      sync.Mutex
 	kept    map[role]*keptBuild
 	changed chan struct{} // closed, and made anew, when kept changes
+	mine    map[int32]int // the partitions that run here; for a moment, one may run twice
 }
 
 // role is what a build that is kept up to date is for: the model's live build, or its previous one.
@@ -94,7 +95,8 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
-	return &Engine{Config: c, pool: pool, bulk: bulkLimits, turns: semaphore.NewWeighted(writers), kept: map[role]*keptBuild{}, changed: make(chan struct{})}
+	return &Engine{Config: c, pool: pool, bulk: bulkLimits, turns: semaphore.NewWeighted(writers), kept: map[role]*keptBuild{},
+		changed: make(chan struct{}), mine: map[int32]int{}}
 }
 
 // oldest is the oldest Postgres that will do, as server_version_num counts.
@@ -204,12 +206,14 @@ func unlock(ctx context.Context, conn *pgxpool.Conn, class, object int32) {
 
 // Run does until ctx ends what is not of one partition: it watches out for builds that were swapped in (which all tasks
 // of this engine wait for: without Run none of them runs), drops old ones, and builds anew the read models whose
-// definition has a higher version than the live build. It returns nil.
+// definition has a higher version than the live build, and helps out while programs of two versions share the partitions.
+// It returns nil.
 func (e *Engine) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() { e.upgrade(ctx) })
 	wg.Go(func() { e.verifyNowAndThen(ctx) })
+	wg.Go(func() { e.help(ctx) })
 	sweeping := time.NewTicker(max(e.Grace/4, 10*time.Millisecond))
 	defer sweeping.Stop()
 	polling := time.NewTicker(e.Poll)
@@ -307,6 +311,9 @@ func (e *Engine) RunPartition(ctx context.Context, partition int32) error {
 	if partition < 0 || int(partition) >= e.Partitions {
 		return fmt.Errorf("there is no partition %d of %d", partition, e.Partitions)
 	}
+	count := func(n int) { e.mu.Lock(); e.mine[partition] += n; e.mu.Unlock() }
+	count(1)
+	defer count(-1)
 	var wg sync.WaitGroup
 	for _, m := range e.Models {
 		for _, state := range []string{live, previous} {
@@ -437,4 +444,89 @@ func (e *Engine) upgrade(ctx context.Context) {
 			}
 		})
 	}
+}
+
+// help keeps the live builds up to date while a rolling update is under way: some partitions belong to programs of another
+// version then, who cannot run these tasks. A task that does not move although there is more to read is brought to the
+// end from here; should its owner be able to run it after all, one of the two finds that its position has moved.
+func (e *Engine) help(ctx context.Context) {
+	seen := map[int64]map[int32][]int64{} // the offsets at the last look, by build and partition
+	for pause(ctx, 2*e.Poll) {
+		now := map[int64]map[int32][]int64{}
+		for _, m := range e.Models {
+			e.mu.Lock()
+			b := e.kept[role{m.Name, live}]
+			e.mu.Unlock()
+			if b == nil || b.version != m.Version {
+				continue
+			}
+			stood, err := e.standing(ctx, b.build, seen[b.id])
+			if err == nil {
+				now[b.id] = stood.now
+				err = e.bring(b.ctx, ctx, m, b.build, stood.still)
+			}
+			if err != nil && ctx.Err() == nil && b.ctx.Err() == nil {
+				e.Logger.Debug("cannot help with a read model", "model", m.Name, "err", err)
+			}
+		}
+		seen = now
+	}
+}
+
+// standing is where the tasks of others on the build are, and which of these have not moved; none unless there is a build of
+// another version beside it.
+func (e *Engine) standing(ctx context.Context, b build, before map[int32][]int64) (s struct {
+	now   map[int32][]int64
+	still []int32
+}, err error) {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	rows, err := e.pool.Query(ctx, `SELECT partition, offsets FROM wharf.tasks WHERE build = $1 AND error = '' AND EXISTS (
+		SELECT FROM wharf.builds WHERE model = $2 AND version <> $3 AND state IN ('building', 'previous'))`, b.id, b.model, b.version)
+	if err != nil {
+		return s, err
+	}
+	s.now = map[int32][]int64{}
+	var p int32
+	var offsets []int64
+	_, err = pgx.ForEachRow(rows, []any{&p, &offsets}, func() error {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		if e.mine[p] == 0 {
+			if s.now[p] = slices.Clone(offsets); slices.Equal(before[p], offsets) {
+				s.still = append(s.still, p)
+			}
+		}
+		return nil
+	})
+	return s, err
+}
+
+// bring runs the tasks to where their topics end now.
+func (e *Engine) bring(whileKept, ctx context.Context, m projections.Model, b build, partitions []int32) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(whileKept, cancel)()
+	for _, p := range partitions {
+		t, err := e.load(ctx, e.pool, m, b, p)
+		if err != nil {
+			return err
+		}
+		until := make([]int64, len(m.Topics))
+		for i, topic := range m.Topics {
+			if until[i], err = e.Source(topic).End(ctx, p); err != nil {
+				return err
+			}
+		}
+		if t.at.passed(until) {
+			continue
+		}
+		err = t.run(ctx, until)
+		if halt := new(haltError); errors.As(err, &halt) {
+			e.recordHalt(ctx, b, p, err, t.log)
+		} else if err != nil && !isCode(err, codeMoved) {
+			return err
+		}
+	}
+	return nil
 }

@@ -314,6 +314,49 @@ func TestASwapGivesWayToALongQuery(t *testing.T) {
 	}
 }
 
+// During a rolling update some partitions belong to programs of the old version and some to those of the new one, which can
+// only run their own builds' tasks: live rows are up to date all the same, before the swap and after it.
+func TestTheLiveBuildIsUpToDateDuringARollingUpdate(t *testing.T) {
+	older, newer := projections.Shipments, projections.Shipments
+	newer.Version++
+	with := func(m projections.Model) func(*Config) {
+		return func(c *Config) { c.Models = []projections.Model{m} }
+	}
+	s := newShop()
+	told := 0
+	more := func() {
+		for range 30 { // some in every partition
+			s.order(told, 1)
+			told++
+		}
+	}
+	more()
+	pool := openTest(t)
+	startIn(t, newEngine(t, pool, s, with(older)), 0, 1, 2, 3, 4, 5)
+	exec := func(sql string) {
+		t.Helper()
+		if _, err := pool.Exec(context.Background(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The new program cannot swap at first.
+	exec(`CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+		IF NEW.state = 'live' THEN RAISE EXCEPTION 'not yet'; END IF; RETURN NEW; END $$`)
+	exec("CREATE TRIGGER wait BEFORE UPDATE ON wharf.builds FOR EACH ROW EXECUTE FUNCTION wait()")
+	startIn(t, newEngine(t, openURL(t, pool.Config().ConnString()), s, with(newer)), 6, 7, 8, 9, 10, 11)
+	more()
+	s.caughtUp(t, pool)
+	exec("DROP FUNCTION wait CASCADE")
+	eventually(t, "the new version is live", func() bool {
+		return one[int](t, pool, "SELECT version FROM wharf.builds WHERE state = 'live'") == newer.Version
+	})
+	more()
+	s.caughtUp(t, pool)
+	if n := one[int](t, pool, "SELECT count(*) FROM wharf_read.shipments"); n != told {
+		t.Errorf("there are %d shipments of %d", n, told)
+	}
+}
+
 func TestANewVersionIsBuiltBesideTheOldOneAndSwappedIn(t *testing.T) {
 	type key struct {
 		Order string `db:"order_id text"`

@@ -144,6 +144,16 @@ func newEngine(t testing.TB, pool *pgxpool.Pool, s *shop, change ...func(*Config
 // start runs the engine in all partitions, until stop is called or the test ends.
 func start(t testing.TB, e *Engine) (stop func()) {
 	t.Helper()
+	var all []int32
+	for p := range int32(e.Partitions) {
+		all = append(all, p)
+	}
+	return startIn(t, e, all...)
+}
+
+// startIn is start in some partitions.
+func startIn(t testing.TB, e *Engine, partitions ...int32) (stop func()) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() {
@@ -151,7 +161,7 @@ func start(t testing.TB, e *Engine) (stop func()) {
 			t.Error(err)
 		}
 	})
-	for p := range int32(e.Partitions) {
+	for _, p := range partitions {
 		wg.Go(func() {
 			if err := e.RunPartition(ctx, p); err != nil {
 				t.Error(err)
