@@ -69,7 +69,9 @@ func (c *replayCmd) Run(ctx context.Context) error {
 	if ways > 1 || c.NoSwap && c.Force {
 		return usageError("only one of --rollback, --dry-run, --no-swap, --force, and a part of what happened can be asked for")
 	}
-	giveWay()
+	if !c.Rollback { // which holds up live projection, for a moment
+		giveWay()
+	}
 	return c.withEngine(ctx, "wharf-replay", c.KeepBuilds, func(_ *kafka.Client, engine *postgres.Engine) error {
 		if c.DryRun {
 			return c.dryRun(ctx, engine, models)

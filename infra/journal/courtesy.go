@@ -12,8 +12,9 @@ const (
 	quietMore = 4                      // and up to as many more, by chance
 	yield     = 2 + quiet + quietMore  // commit times that one who stops leaves to the others
 	longTurn  = 100 * time.Millisecond // of winning, until one stops
-	longWait  = 5 * longTurn           // for quiet; then the stream is tried all the same, until that succeeds
-	contended = time.Second            // for how long others are minded after they were seen, or longer
+	longWait  = 5 * longTurn           // for quiet; then the stream is tried all the same,
+	contend   = 4                      // times in a row, if need be, until that succeeds
+	minded    = time.Second            // for how long others are minded after they were seen, or longer
 )
 
 // contest is a stream that another replica writes to as well. It outlives the lane: a client that sends one command
@@ -40,7 +41,7 @@ func (p *partition[S]) rival(name string) *contest {
 }
 
 func (p *partition[S]) settled(c *contest) bool {
-	return time.Since(c.rival) > max(contended, 4*yield*p.commitTime())
+	return time.Since(c.rival) > max(minded, 4*yield*p.commitTime())
 }
 
 // lost notes that a commit of another replica was accepted. If anything waits, it goes on waiting until that one is
@@ -57,7 +58,7 @@ func (p *partition[S]) lost(name string, l *lane[S]) {
 // won notes that a commit of ours was accepted, and stops when others have waited long enough.
 func (p *partition[S]) won(name string, l *lane[S]) {
 	c, now := p.contests[name], time.Now()
-	l.patience = time.Time{}
+	l.patience, l.contended = time.Time{}, 0
 	switch {
 	case c == nil:
 	case p.settled(c):
@@ -89,11 +90,13 @@ func (p *partition[S]) chance(most time.Duration) time.Duration {
 
 // rest leaves the stream alone for the time, from now on; or not at all when what waits has no patience left.
 func (p *partition[S]) rest(name string, l *lane[S], d time.Duration) {
-	if l.patience.IsZero() {
-		l.patience = time.Now().Add(max(longWait, 4*yield*p.commitTime()) + p.chance(longTurn))
+	// A replica that is nearer to the log than this one would win every time.
+	if l.patience.IsZero() || l.contended == contend {
+		l.patience, l.contended = time.Now().Add(max(longWait, 4*yield*p.commitTime())+p.chance(longTurn)), 0
 	}
 	left := time.Until(l.patience)
 	if left <= 0 {
+		l.contended++
 		return
 	}
 	d = min(d, left)

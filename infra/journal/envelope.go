@@ -70,7 +70,7 @@ func NewEventRecord(e domain.Recorded) Record {
 // a consumer skips and counts.
 func ParseEvent(topic string, r Record) (domain.Recorded, bool) {
 	e := domain.Recorded{Data: r.Value, Position: domain.Position{Topic: topic, Partition: r.Partition}}
-	var spec, source []byte
+	var spec, source, name []byte
 	var err error
 	number := func(v []byte) (n int64) {
 		var bad error
@@ -91,7 +91,7 @@ func ParseEvent(topic string, r Record) (domain.Recorded, bool) {
 		case ceSource:
 			source = h.Value
 		case ceType:
-			e.Name = known.text(h.Value)
+			name = h.Value
 		case ceSubject:
 			e.Stream = string(h.Value)
 		case ceTime:
@@ -117,10 +117,10 @@ func ParseEvent(topic string, r Record) (domain.Recorded, bool) {
 		}
 	}
 	service, ours := bytes.CutPrefix(source, []byte(sourceRoot))
-	e.Service = known.text(service)
-	if err != nil || !ours || string(spec) != "1.0" || e.ID == uuid.Nil || e.Name == "" || e.Seq < 1 || e.Version < 1 {
+	if err != nil || !ours || string(spec) != "1.0" || e.ID == uuid.Nil || len(name) == 0 || e.Seq < 1 || e.Version < 1 {
 		return domain.Recorded{}, false
 	}
+	e.Service, e.Name = known.text(service), known.text(name)
 	return e, true
 }
 
@@ -131,7 +131,10 @@ type texts struct {
 	seen atomic.Pointer[map[string]string]
 }
 
-const mostTexts = 1000
+const (
+	mostTexts   = 1000
+	longestText = 100
+)
 
 // text is the text, in one copy if it is among the first.
 func (t *texts) text(b []byte) string {
@@ -143,7 +146,7 @@ func (t *texts) text(b []byte) string {
 		return s
 	}
 	s := string(b)
-	if len(*seen) < mostTexts {
+	if len(*seen) < mostTexts && len(s) <= longestText {
 		more := maps.Clone(*seen)
 		more[s] = s
 		t.seen.Store(&more) // what another adds at the same time is added again when it is next seen

@@ -72,7 +72,8 @@ type lane[S commands.State[S]] struct {
 	flight *flight[S]
 	pause  *time.Timer // while the stream is left to other replicas
 	// patience is when the pauses end at the latest; zero when the last commit was ours.
-	patience time.Time
+	patience  time.Time
+	contended int // losses since then
 }
 
 // flight is a commit that was proposed and whose fate is open.

@@ -123,7 +123,7 @@ func (p *Positions) ask() {
 			}
 		}
 		p.mu.Unlock()
-		time.Sleep(max(p.least, 4*time.Since(began)))
+		time.Sleep(min(max(p.least, 4*time.Since(began)), fresh))
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"wharf/domain"
+	"wharf/domain/inventory"
 	"wharf/domain/shipping"
 	"wharf/infra/journal"
 	"wharf/projections"
@@ -472,4 +473,34 @@ func (l testLags) Oldest(ctx context.Context, topic string, p int32, from int64)
 
 func (testLags) Policies(context.Context) ([]projections.PolicyLag, error) {
 	return []projections.PolicyLag{{Service: "orders", Lag: 3}}, nil
+}
+
+// A lock, a swap or a slow statement of one read model holds up no other.
+func TestALockOnOneReadModelHoldsUpNoOther(t *testing.T) {
+	s := newShop()
+	pool := openTest(t)
+	start(t, newEngine(t, pool, s))
+	s.caughtUp(t, pool)
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	tx, err := pool.Begin(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tx.Rollback(context.Background()) }()
+	_, err = tx.Exec(ctx, `SELECT FROM wharf.tasks t JOIN wharf.builds b ON b.id = t.build
+		WHERE b.model = 'sales' AND b.state = 'live' FOR UPDATE OF t`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 100 { // sales has something to write in every partition
+		s.order(i, 1)
+	}
+	eventually(t, "those of sales wait", func() bool {
+		return one[int](t, pool, `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`) >= writers
+	})
+	at := s.tell("MUG", inventory.Received{Quantity: 1})
+	if err := NewPositions(pool).Wait(ctx, "stock", at, 20*time.Second); err != nil {
+		t.Error(err)
+	}
 }

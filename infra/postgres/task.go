@@ -284,6 +284,9 @@ func (t *task) feed(ctx context.Context, topic int, from, to, last int64, chunks
 				c.bytes += int64(len(event.Data)) + 256
 			}
 		}
+		if cap(c.events) > 2*len(c.events) {
+			c.events = slices.Clone(c.events) // it may be kept for a while
+		}
 		c.seq, c.records, from = last, c.next-from, c.next
 		if err := hand(c); err != nil || from < to {
 			return err
@@ -377,18 +380,24 @@ func (t *task) collect(ctx context.Context, chunks <-chan chunk, until []int64) 
 // full says that the batch is as large as it may be.
 func (t *task) full(b batch) bool { return b.events >= t.limits.events || b.bytes >= t.limits.bytes }
 
-// turn is a task's turn at the rows. Turns are given in the order in which they were asked for.
+// turn is a task's turn at the rows. Turns are given in the order in which they were asked for. One that takes long, because
+// of a lock or a database that is away, passes to another task before it is over: nobody waits for somebody else's trouble.
 type turn struct {
 	given chan error
 	began time.Time
-	e     *Engine
+	pass  func() // for once
 }
 
+const longestTurn = 250 * time.Millisecond
+
 func (e *Engine) ask(ctx context.Context) *turn {
-	t := &turn{given: make(chan error, 1), e: e}
+	t := &turn{given: make(chan error, 1), pass: sync.OnceFunc(func() { e.turns.Release(1) })}
 	go func() {
 		err := e.turns.Acquire(ctx, 1)
-		t.began = time.Now()
+		if err == nil {
+			t.began = time.Now()
+			time.AfterFunc(longestTurn, t.pass)
+		}
 		t.given <- err
 	}()
 	return t
@@ -406,16 +415,16 @@ func (t *turn) granted() <-chan error {
 // comes together.
 func (t *turn) end(busy bool) {
 	if busy {
-		t.e.turns.Release(1)
+		t.pass()
 		return
 	}
-	time.AfterFunc(time.Since(t.began), func() { t.e.turns.Release(1) })
+	time.AfterFunc(time.Since(t.began), t.pass)
 }
 
 // giveUp gives back a turn that has not been taken, after its ctx has ended.
 func (t *turn) giveUp() {
 	if err := <-t.given; err == nil {
-		t.e.turns.Release(1)
+		t.pass()
 	}
 }
 
@@ -636,16 +645,28 @@ func arrays(columns []projections.Column, rows [][]any) []any {
 		case [16]byte:
 			params[i] = array[[16]byte](rows, i)
 		default:
-			params[i] = array[any](rows, i)
+			params[i] = mixed(rows, i)
 		}
 	}
 	return params
 }
 
-func array[T any](rows [][]any, i int) []T {
+func array[T any](rows [][]any, i int) any {
 	column := make([]T, len(rows))
 	for j, row := range rows {
-		column[j] = row[i].(T)
+		value, ok := row[i].(T)
+		if !ok {
+			return mixed(rows, i)
+		}
+		column[j] = value
+	}
+	return column
+}
+
+func mixed(rows [][]any, i int) any {
+	column := make([]any, len(rows))
+	for j, row := range rows {
+		column[j] = row[i]
 	}
 	return column
 }
