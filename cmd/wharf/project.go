@@ -43,7 +43,11 @@ func (c *projectCmd) Run(ctx context.Context) error {
 	engine := postgres.New(nil, postgres.Config{
 		Source: func(topic string) journal.Reader { return client.Reader(topic) }, Partitions: partitions,
 	})
-	s, err := engine.AsOf(ctx, c.Model, c.Key, at)
+	var s postgres.Snapshot
+	err = c.whileKafka(ctx, client, func(ctx context.Context) (err error) {
+		s, err = engine.AsOf(ctx, c.Model, c.Key, at)
+		return err
+	})
 	if err != nil {
 		return err
 	}

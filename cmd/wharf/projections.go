@@ -53,8 +53,39 @@ func (f *storesFlag) connect(ctx context.Context, name string) (client *kafka.Cl
 	return client, partitions, nil
 }
 
-// withEngine calls f with the projection engine of these stores.
-func (f *storesFlag) withEngine(ctx context.Context, name string, keep time.Duration, do func(*kafka.Client, *postgres.Engine) error) error {
+// kafkaPatience is how long an operation goes on while the brokers do not answer.
+const kafkaPatience = 30 * time.Second
+
+// whileKafka calls do with a context that ends when the brokers have not answered for too long: readers wait for them for
+// ever, which is right for a service and not for somebody at a terminal.
+func (f *storesFlag) whileKafka(ctx context.Context, client *kafka.Client, do func(context.Context) error) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	gone := fmt.Errorf("the brokers at %s have not answered for %s, and nothing was changed: run it again when they do",
+		strings.Join(f.KafkaBrokers, ","), kafkaPatience)
+	go func() {
+		for answered := time.Now(); ctx.Err() == nil; time.Sleep(time.Second) {
+			asking, enough := context.WithTimeout(ctx, 5*time.Second)
+			_, err := client.Reader(projections.OrdersTopic).End(asking, 0)
+			enough()
+			if err == nil {
+				answered = time.Now()
+			} else if time.Since(answered) > kafkaPatience {
+				cancel(gone)
+			}
+		}
+	}()
+	err := do(ctx)
+	if err != nil && context.Cause(ctx) == gone {
+		return gone
+	}
+	return err
+}
+
+// withEngine calls do with the projection engine of these stores.
+func (f *storesFlag) withEngine(
+	ctx context.Context, name string, keep time.Duration, do func(context.Context, *kafka.Client, *postgres.Engine) error,
+) error {
 	if err := f.resolve(); err != nil {
 		return err
 	}
@@ -73,7 +104,7 @@ func (f *storesFlag) withEngine(ctx context.Context, name string, keep time.Dura
 	if err := engine.Check(ctx); err != nil {
 		return err
 	}
-	return do(client, engine)
+	return f.whileKafka(ctx, client, func(ctx context.Context) error { return do(ctx, client, engine) })
 }
 
 // openTimeout is how long an operation waits for the database.

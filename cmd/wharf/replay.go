@@ -72,7 +72,7 @@ func (c *replayCmd) Run(ctx context.Context) error {
 	if !c.Rollback { // which holds up live projection, for a moment
 		giveWay()
 	}
-	return c.withEngine(ctx, "wharf-replay", c.KeepBuilds, func(_ *kafka.Client, engine *postgres.Engine) error {
+	return c.withEngine(ctx, "wharf-replay", c.KeepBuilds, func(ctx context.Context, _ *kafka.Client, engine *postgres.Engine) error {
 		if c.DryRun {
 			return c.dryRun(ctx, engine, models)
 		}
@@ -98,6 +98,9 @@ func (c *replayCmd) Run(ctx context.Context) error {
 			var difference *postgres.DifferenceError
 			if errors.As(err, &difference) {
 				results = append(results, replayed{Name: name, Comparison: &difference.Comparison, Refused: true})
+			}
+			if last := len(results) - 1; c.NoSwap && err == nil && results[last].Comparison != nil && !results[last].Comparison.Same() {
+				errs = append(errs, fmt.Errorf("%s: the rows of the new build differ", name))
 			}
 			if errs = append(errs, err); err == nil || difference != nil || errors.Is(err, postgres.ErrReplaying) {
 				continue // what is wrong with one is not wrong with the others
@@ -198,7 +201,7 @@ type replayed struct {
 	Comparison *postgres.Comparison `json:"comparison,omitempty"`
 	Refused    bool                 `json:"refused,omitempty"` // not swapped in, because it differs
 
-	rows int64
+	Rows int64 `json:"rows,omitempty"` // of a part
 }
 
 func resultOf(p postgres.Progress) replayed {
@@ -208,9 +211,9 @@ func resultOf(p postgres.Progress) replayed {
 func (c *replayCmd) sentence(r replayed) string {
 	switch {
 	case c.Rollback:
-		return fmt.Sprintf("%s is build %d again; the one that was live is kept, and --rollback brings it back", r.Name, r.Build)
+		return fmt.Sprintf("%s is build %d again; the one that was live is kept, and --rollback brings it back. Nothing was compared: `wharf verify %s` does", r.Name, r.Build, r.Name)
 	case r.Comparison == nil:
-		return fmt.Sprintf("%s: %d rows in the table %s, which is dropped after %s", r.Name, r.rows, r.Table, c.KeepBuilds)
+		return fmt.Sprintf("%s: %d rows in the table %s, which is dropped after %s", r.Name, r.Rows, r.Table, c.KeepBuilds)
 	}
 	text := fmt.Sprintf("%s is build %d now, made of %d events", r.Name, r.Build, r.Events)
 	if c.NoSwap {

@@ -58,7 +58,8 @@ func (e *Engine) resolve(ctx context.Context, m *Moment) error {
 		return nil
 	}
 	if !slices.Contains(projections.Topics, p.Topic) || int(p.Partition) >= e.Partitions {
-		return fmt.Errorf("there is no place %s: topics are %v, with %d partitions", p, projections.Topics, e.Partitions)
+		return fmt.Errorf("there is no place %s: the topics are %s, with the partitions 0 to %d", p,
+			strings.Join(projections.Topics, ", "), e.Partitions-1)
 	}
 	end, err := e.Source(p.Topic).End(ctx, p.Partition)
 	if err != nil {
@@ -75,7 +76,7 @@ func (e *Engine) resolve(ctx context.Context, m *Moment) error {
 		})
 	}
 	if err == nil && !found {
-		err = fmt.Errorf("there is no event at %s: the partition ends before it, at offset %d", p, end)
+		err = fmt.Errorf("there is no event at %s: the last one of its partition comes before it", p)
 	}
 	return err
 }
