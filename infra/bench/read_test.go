@@ -112,6 +112,13 @@ func (l *told) replay(t *testing.T, pool *pgxpool.Pool, m projections.Model) (fi
 	return filled, time.Since(began)
 }
 
+// round takes a measure as often as it is to be taken. What a round has started ends with it.
+func round(t *testing.T, measure func(t *testing.T)) {
+	for i := range *rounds {
+		t.Run(fmt.Sprintf("round %d", i+1), measure)
+	}
+}
+
 func rate(n int64, took time.Duration) float64 { return float64(n) / took.Seconds() }
 
 // logs are those that projection is measured with.
@@ -130,13 +137,11 @@ func TestProjection(t *testing.T) {
 		for _, m := range kinds {
 			what := fmt.Sprintf("%s of %s", m.Name, l.name)
 			n := l.events(m)
-			var once sync.Once
-			var rows *written
-			for range *rounds {
+			rows := l.capture(t, m)
+			round(t, func(t *testing.T) {
 				pool := newDatabase(t)
 				runtime.GC()
 				live := rate(n, l.project(t, pool, m))
-				once.Do(func() { rows = l.capture(t, m) })
 				runtime.GC()
 				raw := rate(n, rows.upsert(t, l, m))
 				results.add(row{measure: "live, " + what + ": events/s", least: 0.70}, live, raw)
@@ -159,7 +164,7 @@ func TestProjection(t *testing.T) {
 				if p := peers["rebuild"]; p.rate > 0 && !m.Append {
 					results.add(row{measure: "replay, " + what + ": beside the best framework", least: 2}, filled, p.rate)
 				}
-			}
+			})
 		}
 	}
 }
@@ -215,7 +220,7 @@ func watchHeap() (peak func() float64) {
 func TestVisible(t *testing.T) {
 	peer := runPeers(t)["project_live_delay"]
 	for _, perSecond := range []float64{200, 1000} {
-		for range *rounds {
+		round(t, func(t *testing.T) {
 			raw := rawVisible(t, perSecond)
 			own := visible(t, perSecond)
 			results.add(row{measure: fmt.Sprintf("command to query at %.0f/s: p50, ms", perSecond)}, own.p50, raw.p50)
@@ -224,7 +229,7 @@ func TestVisible(t *testing.T) {
 				results.add(row{measure: "command to query at 200/s: p50, ms, beside the best framework", most: 1}, own.p50, peer.p50)
 				results.add(row{measure: "command to query at 200/s: p99, ms, beside the best framework", most: 1}, own.p99, peer.p99)
 			}
-		}
+		})
 	}
 }
 
@@ -239,7 +244,9 @@ func visible(t *testing.T, perSecond float64) stat {
 	positions := postgres.NewPositions(pool)
 	return wait(t, perSecond, func() (func() error, error) {
 		id := uuid.NewString()
-		r, err := j.Handle(t.Context(), commands.Command{Stream: id, Key: id, Request: id, IfMatch: commands.AnyVersion}, placed)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		r, err := j.Handle(ctx, commands.Command{Stream: id, Key: id, Request: id, IfMatch: commands.AnyVersion}, placed)
 		return func() error { return positions.Wait(t.Context(), "orders", r.Position, time.Minute) }, err
 	})
 }

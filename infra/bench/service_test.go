@@ -114,8 +114,10 @@ func replica[S commands.State[S]](t *testing.T, c *kafka.Client, service string,
 		if int(journal.Partition([]byte(stream), partitions)) != partitions-left {
 			continue
 		}
-		_, err := j.Handle(ctx, commands.Command{Stream: stream, IfMatch: commands.AnyVersion},
+		first, enough := context.WithTimeout(ctx, time.Minute)
+		_, err := j.Handle(first, commands.Command{Stream: stream, IfMatch: commands.AnyVersion},
 			func(S) ([]domain.Event, error) { return nil, nil })
+		enough()
 		if err != nil {
 			t.Fatal(err)
 		}
