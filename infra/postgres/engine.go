@@ -48,7 +48,7 @@ type Engine struct {
 	Config
 	pool  *pgxpool.Pool
 	bulk  limits
-	turns *semaphore.Weighted // of its tasks, see turn
+	turns map[string]*semaphore.Weighted // of each model's tasks, see turn
 
 	mu      sync.Mutex
 	kept    map[role]*keptBuild
@@ -95,8 +95,12 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
-	return &Engine{Config: c, pool: pool, bulk: bulkLimits, turns: semaphore.NewWeighted(writers), kept: map[role]*keptBuild{},
+	e := &Engine{Config: c, pool: pool, bulk: bulkLimits, turns: map[string]*semaphore.Weighted{}, kept: map[role]*keptBuild{},
 		changed: make(chan struct{}), mine: map[int32]int{}}
+	for _, m := range c.Models {
+		e.turns[m.Name] = semaphore.NewWeighted(writers)
+	}
+	return e
 }
 
 // oldest is the oldest Postgres that will do, as server_version_num counts.

@@ -66,7 +66,9 @@ func TestPositionsAndRowsAgreeWhateverGoesWrong(t *testing.T) {
 			return one[int64](t, admin, "SELECT sum(o)::bigint FROM wharf.tasks, unnest(offsets) o") > seen+20
 		})
 		stop()
-		eventually(t, "all turns have been given back", func() bool { return e.turns.TryAcquire(writers) })
+		for model, turns := range e.turns {
+			eventually(t, "all turns of "+model+" have been given back", func() bool { return turns.TryAcquire(writers) })
+		}
 	}
 	cancel()
 	others.Wait()

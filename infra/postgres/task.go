@@ -15,6 +15,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"golang.org/x/sync/semaphore"
 
 	"wharf/infra/journal"
 	"wharf/projections"
@@ -119,9 +120,9 @@ const (
 	batchBytes = 8 << 20
 	cachedRows = 500
 
-	// writers is how many tasks of an engine read and write rows at a time (see turn): so an event of a quiet shop is seen
+	// writers is how many tasks of a read model read and write rows at a time (see turn): so an event of a quiet shop is seen
 	// at once, and a busy shop has few, large transactions.
-	writers = 4
+	writers = 2
 	// A position without rows is stored so that a transaction's time is such a part of all the time.
 	emptyShare = 100
 )
@@ -337,7 +338,7 @@ func (t *task) collect(ctx context.Context, chunks <-chan chunk, until []int64) 
 	for {
 		full := t.full(b) || b.halt != nil || b.at.passed(until)
 		if b.events > 0 && !t.bulk && b.turn == nil {
-			b.turn = t.e.ask(ctx)
+			b.turn = ask(ctx, t.e.turns[t.model.Name])
 		}
 		more, granted := chunks, b.turn.granted()
 		switch {
@@ -380,24 +381,19 @@ func (t *task) collect(ctx context.Context, chunks <-chan chunk, until []int64) 
 // full says that the batch is as large as it may be.
 func (t *task) full(b batch) bool { return b.events >= t.limits.events || b.bytes >= t.limits.bytes }
 
-// turn is a task's turn at the rows. Turns are given in the order in which they were asked for. One that takes long, because
-// of a lock or a database that is away, passes to another task before it is over: nobody waits for somebody else's trouble.
+// turn is a task's turn at the rows of its read model. Turns are given in the order in which they were asked for. Each read
+// model has its own: one whose rows are locked holds up no other.
 type turn struct {
 	given chan error
 	began time.Time
-	pass  func() // for once
+	turns *semaphore.Weighted
 }
 
-const longestTurn = 250 * time.Millisecond
-
-func (e *Engine) ask(ctx context.Context) *turn {
-	t := &turn{given: make(chan error, 1), pass: sync.OnceFunc(func() { e.turns.Release(1) })}
+func ask(ctx context.Context, turns *semaphore.Weighted) *turn {
+	t := &turn{given: make(chan error, 1), turns: turns}
 	go func() {
-		err := e.turns.Acquire(ctx, 1)
-		if err == nil {
-			t.began = time.Now()
-			time.AfterFunc(longestTurn, t.pass)
-		}
+		err := turns.Acquire(ctx, 1)
+		t.began = time.Now()
 		t.given <- err
 	}()
 	return t
@@ -415,16 +411,18 @@ func (t *turn) granted() <-chan error {
 // comes together.
 func (t *turn) end(busy bool) {
 	if busy {
-		t.pass()
+		t.turns.Release(1)
 		return
 	}
-	time.AfterFunc(time.Since(t.began), t.pass)
+	time.AfterFunc(min(time.Since(t.began), longestRest), func() { t.turns.Release(1) })
 }
+
+const longestRest = 100 * time.Millisecond
 
 // giveUp gives back a turn that has not been taken, after its ctx has ended.
 func (t *turn) giveUp() {
 	if err := <-t.given; err == nil {
-		t.pass()
+		t.turns.Release(1)
 	}
 }
 
