@@ -376,6 +376,7 @@ func (e *Engine) follow(ctx context.Context, m projections.Model, b build, parti
 	if err != nil {
 		return 0, err
 	}
+	t.turns = e.turns[m.Name]
 	defer t.showParked()()
 	err = t.run(ctx, nil)
 	return t.epoch, err

@@ -38,6 +38,8 @@ type task struct {
 	limits    limits
 	bulk      bool // fills a build that nobody reads yet: rows stay in memory until there are many
 
+	turns *semaphore.Weighted // of those that share the model's; nil for an operation, which others may be waiting for
+
 	listens func(projections.Event) bool // to which events; nil for all
 	wanted  func(key any) bool           // which rows are stored; nil for all
 
@@ -308,7 +310,7 @@ type batch struct {
 	events int
 	bytes  int
 	halt   error
-	turn   *turn // of a batch with events, unless it fills a build
+	turn   *turn // of a batch with events, if the task takes turns
 }
 
 // collect waits for a chunk and takes what else is there, up to the limits, until it is the task's turn.
@@ -337,8 +339,8 @@ func (t *task) collect(ctx context.Context, chunks <-chan chunk, until []int64) 
 	var due <-chan time.Time // when a position without rows is stored
 	for {
 		full := t.full(b) || b.halt != nil || b.at.passed(until)
-		if b.events > 0 && !t.bulk && b.turn == nil {
-			b.turn = ask(ctx, t.e.turns[t.model.Name])
+		if b.events > 0 && t.turns != nil && b.turn == nil {
+			b.turn = ask(ctx, t.turns)
 		}
 		more, granted := chunks, b.turn.granted()
 		switch {
@@ -353,7 +355,7 @@ func (t *task) collect(ctx context.Context, chunks <-chan chunk, until []int64) 
 				continue
 			default:
 			}
-			if t.bulk {
+			if t.turns == nil {
 				return b, nil
 			}
 			if b.turn == nil && due == nil {
