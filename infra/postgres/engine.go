@@ -465,10 +465,9 @@ func (e *Engine) help(ctx context.Context) {
 			if b == nil || b.version != m.Version {
 				continue
 			}
-			stood, err := e.standing(ctx, b.build, seen[b.id])
-			if err == nil {
-				now[b.id] = stood.now
-				err = e.bring(b.ctx, ctx, m, b.build, stood.still)
+			at, still, err := e.othersTasks(ctx, b.build, seen[b.id])
+			if now[b.id] = at; err == nil {
+				err = e.bring(b.ctx, ctx, m, b.build, still)
 			}
 			if err != nil && ctx.Err() == nil && b.ctx.Err() == nil {
 				e.Logger.Debug("cannot help with a read model", "model", m.Name, "err", err)
@@ -478,33 +477,30 @@ func (e *Engine) help(ctx context.Context) {
 	}
 }
 
-// standing is where the tasks of others on the build are, and which of these have not moved; none unless there is a build of
-// another version beside it.
-func (e *Engine) standing(ctx context.Context, b build, before map[int32][]int64) (s struct {
-	now   map[int32][]int64
-	still []int32
-}, err error) {
+// othersTasks is where the tasks of others on the build are, and which of these have not moved; none unless there is a build
+// of another version beside it.
+func (e *Engine) othersTasks(ctx context.Context, b build, before map[int32][]int64) (at map[int32][]int64, still []int32, err error) {
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
 	rows, err := e.pool.Query(ctx, `SELECT partition, offsets FROM wharf.tasks WHERE build = $1 AND error = '' AND EXISTS (
 		SELECT FROM wharf.builds WHERE model = $2 AND version <> $3 AND state IN ('building', 'previous'))`, b.id, b.model, b.version)
 	if err != nil {
-		return s, err
+		return nil, nil, err
 	}
-	s.now = map[int32][]int64{}
+	at = map[int32][]int64{}
 	var p int32
 	var offsets []int64
 	_, err = pgx.ForEachRow(rows, []any{&p, &offsets}, func() error {
 		e.mu.Lock()
 		defer e.mu.Unlock()
 		if e.mine[p] == 0 {
-			if s.now[p] = slices.Clone(offsets); slices.Equal(before[p], offsets) {
-				s.still = append(s.still, p)
+			if at[p] = slices.Clone(offsets); slices.Equal(before[p], offsets) {
+				still = append(still, p)
 			}
 		}
 		return nil
 	})
-	return s, err
+	return at, still, err
 }
 
 // bring runs the tasks to where their topics end now.
