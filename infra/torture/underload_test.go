@@ -29,7 +29,7 @@ import (
 func TestReplaysUnderLoad(t *testing.T) {
 	r, kafka := newRun(t)
 	projectors := slices.DeleteFunc(slices.Clone(r.victims), func(v *victim) bool { return v.kind != "projector" })
-	r.tormentor = r.tormentorOf(projectors, 8*time.Second, 2*time.Second)
+	r.tormentor = r.tormentorOf(projectors, 6*time.Second, 2*time.Second)
 	began := time.Now()
 	loading, loaded := context.WithCancel(t.Context())
 	defer loaded()
@@ -104,10 +104,10 @@ func (t *tormentor) count() string {
 // the middle.
 func (p *replayer) everything(ctx context.Context) error {
 	for ctx.Err() == nil {
-		for _, args := range everything() {
+		for i, args := range everything() {
 			limit, cancel := context.WithCancel(ctx)
-			if rand.IntN(3) == 0 {
-				limit, cancel = context.WithTimeout(ctx, rand.N(4*time.Second))
+			if rand.IntN(4) < 1 || i == 0 && p.killed.Load() == 0 { // at least one, of what takes longest
+				limit, cancel = context.WithTimeout(ctx, rand.N(2*time.Second))
 			}
 			p.job(ctx, limit, args)
 			cancel()
