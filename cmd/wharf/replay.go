@@ -130,7 +130,7 @@ func giveWay() {
 	threads, _ := os.ReadDir("/proc/self/task")
 	for _, thread := range threads {
 		if id, err := strconv.Atoi(thread.Name()); err == nil {
-			_ = syscall.Setpriority(syscall.PRIO_PROCESS, id, 10)
+			_ = syscall.Setpriority(syscall.PRIO_PROCESS, id, 5)
 		}
 	}
 }
