@@ -157,8 +157,9 @@ func (s *stack) wharf(args ...string) *exec.Cmd {
 func (s *stack) url() string { return "http://127.0.0.1:" + s.port }
 
 func (s *stack) load(orders string) *exec.Cmd {
-	args := []string{"load", "--url", s.url(), "--orders", orders, "--concurrency", "16", "--read-back", "--json"}
-	return s.wharf(append(args, invoices()...)...)
+	c := s.loadMore(orders)
+	c.Args = append(c.Args, invoices()...)
+	return c
 }
 
 // loadMore has orders made up: those of the file are placed already.

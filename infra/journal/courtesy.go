@@ -5,7 +5,7 @@ import "time"
 // When several replicas write to one stream as fast as they can, each commit that counts makes those of the others
 // lose. Safety does not mind, but the work is wasted, and so they take turns, by what each of them sees in the log and
 // without a word between them: whoever loses waits until the stream is quiet, and whoever goes on winning while others
-// wait stops after a while. Whoever has waited for too long waits no more until it has won, so the others do. Most of it
+// wait stops after a while. Whoever has waited for too long tries a few times without waiting, until it has won. Most of it
 // is measured in the time that a commit takes.
 const (
 	quiet     = 2                      // commit times without a commit of others, before the stream is tried again;

@@ -30,35 +30,46 @@ const replayPause = 500 * time.Millisecond
 func (p *replayer) torment(ctx context.Context) {
 	for ctx.Err() == nil {
 		model := projections.All[rand.IntN(len(projections.All))].Name
-		count, args := &p.replays, []string{"replay", model}
+		args := []string{"replay", model}
 		switch rand.IntN(6) {
 		case 0:
 			args = []string{"replay", "--all"}
 		case 1:
-			count, args = &p.rollbacks, []string{"replay", "--rollback", model}
+			args = []string{"replay", "--rollback", model}
 		case 2:
-			count, args = &p.verified, []string{"verify", model}
+			args = []string{"verify", model}
 		}
 		limit, cancel := context.WithCancel(ctx)
-		killed := rand.IntN(3) == 0
-		if killed {
+		if rand.IntN(3) == 0 {
 			limit, cancel = context.WithTimeout(ctx, rand.N(3*time.Second))
 		}
-		out, err := p.do(limit, args...)
-		switch {
-		case bytes.Contains(out, []byte("differ")):
-			p.differences.Add(1)
-			p.run.clients.find("wharf %s: %s", strings.Join(args, " "), out)
-		case limit.Err() != nil:
-			p.killed.Add(1)
-		case err != nil:
-			p.failed.Add(1)
-			p.run.say("wharf %s: %v: %s", strings.Join(args, " "), err, out)
-		default:
-			count.Add(1)
-		}
+		p.job(ctx, limit, args, p.run.say)
 		cancel()
 		sleep(ctx, replayPause)
+	}
+}
+
+// job does it, and counts how it went. It is killed when limit ends; when ctx has ended as well, that counts for nothing. A
+// failure is told to complain.
+func (p *replayer) job(ctx, limit context.Context, args []string, complain func(format string, args ...any)) {
+	out, err := p.do(limit, args...)
+	switch {
+	case bytes.Contains(out, []byte("differ")):
+		p.differences.Add(1)
+		p.run.clients.find("wharf %s: %s", strings.Join(args, " "), out)
+	case ctx.Err() != nil:
+	case err != nil && limit.Err() != nil:
+		p.killed.Add(1)
+	case err != nil && bytes.Contains(out, []byte("there is no previous build")): // its replay was killed
+	case err != nil:
+		p.failed.Add(1)
+		complain("wharf %s: %v: %s", strings.Join(args, " "), err, out)
+	case args[0] == "verify":
+		p.verified.Add(1)
+	case args[1] == "--rollback":
+		p.rollbacks.Add(1)
+	default:
+		p.replays.Add(1)
 	}
 }
 

@@ -3,7 +3,6 @@
 package torture_test
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -64,7 +63,7 @@ func TestReplaysUnderLoad(t *testing.T) {
 	t.Logf("under load: %d replays of everything, %d rollbacks, %d verifications, and %d that were killed; once more after it",
 		p.replays.Load(), p.rollbacks.Load(), p.verified.Load(), p.killed.Load())
 	for _, args := range everything() { // what never came to its end under load does now
-		p.job(t.Context(), t.Context(), args)
+		p.job(t.Context(), t.Context(), args, r.clients.find)
 	}
 	rows, events, err := r.replayer.verify(t.Context())
 	if err != nil {
@@ -111,7 +110,7 @@ func (p *replayer) everything(ctx context.Context) error {
 			if rand.IntN(4) < 1 || i == 0 && p.killed.Load() == 0 { // at least one, of what takes longest
 				limit, cancel = context.WithTimeout(ctx, rand.N(2*time.Second))
 			}
-			p.job(ctx, limit, args)
+			p.job(ctx, limit, args, p.run.clients.find)
 			cancel()
 			sleep(ctx, time.Second)
 		}
@@ -125,29 +124,6 @@ func everything() (jobs [][]string) {
 		jobs = append(jobs, []string{"replay", "--rollback", m.Name})
 	}
 	return append(jobs, []string{"verify"})
-}
-
-// job does it, and counts how it went. It is killed when limit ends; when ctx has ended as well, that counts for nothing.
-func (p *replayer) job(ctx, limit context.Context, args []string) {
-	out, err := p.do(limit, args...)
-	switch {
-	case bytes.Contains(out, []byte("differ")):
-		p.differences.Add(1)
-		p.run.clients.find("wharf %s: %s", strings.Join(args, " "), out)
-	case ctx.Err() != nil:
-	case err != nil && limit.Err() != nil:
-		p.killed.Add(1)
-	case err != nil && bytes.Contains(out, []byte("there is no previous build")): // its replay was killed
-	case err != nil:
-		p.failed.Add(1)
-		p.run.clients.find("wharf %s: %v: %s", strings.Join(args, " "), err, out)
-	case args[0] == "verify":
-		p.verified.Add(1)
-	case args[1] == "--rollback":
-		p.rollbacks.Add(1)
-	default:
-		p.replays.Add(1)
-	}
 }
 
 // queries asks for rows, all the time, and counts what is no good answer. (What an order's history is asked for without a
