@@ -9,6 +9,8 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -209,5 +211,35 @@ func TestALateAnswerSpoilsNothing(t *testing.T) {
 			}
 			t.Errorf("it never works again: %v", err)
 		})
+	}
+}
+
+// A connection that breaks costs the request that was on it, and no other.
+func TestAFaultIsOneRequestsOwn(t *testing.T) {
+	onlyFake(t)
+	cluster, err := kfake.NewCluster(kfake.NumBrokers(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(cluster.Close)
+	c := connect(t, cluster.ListenAddrs())
+	exists := topic(t, c, 1)
+	var asked, failed atomic.Int32
+	cluster.ControlKey(int16(kmsg.DescribeConfigs), func(kmsg.Request) (kmsg.Response, error, bool) {
+		cluster.KeepControl()
+		return nil, errors.New("cut"), asked.Add(1)%5 == 0
+	})
+	var wg sync.WaitGroup
+	for range 50 {
+		wg.Go(func() {
+			if err := c.CheckTopics(t.Context(), []TopicSpec{{Name: exists, Partitions: 1}}); err != nil {
+				failed.Add(1)
+				t.Log(err)
+			}
+		})
+	}
+	wg.Wait()
+	if got := failed.Load(); got != asked.Load()/5 {
+		t.Errorf("%d of %d requests failed, where %d were to", got, asked.Load(), asked.Load()/5)
 	}
 }

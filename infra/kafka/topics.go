@@ -307,22 +307,16 @@ func (c *Client) GroupLag(ctx context.Context, group string, topics []string) (l
 	return lag, parked, nil
 }
 
-// admin runs f with Sarama's cluster administration.
+// admin runs f with Sarama's cluster administration, on connections of its own. Shared ones will not do: who asks while
+// another is opening one is told that it is not connected, and who closes one that has failed cuts off all the others.
 func (c *Client) admin(ctx context.Context, f func(sarama.ClusterAdmin) error) error {
 	return c.do(ctx, func() error {
-		a, err := sarama.NewClusterAdminFromClient(c.sarama)
+		a, err := sarama.NewClusterAdmin(c.cfg.Brokers, c.conf)
 		if err != nil {
 			return err
 		}
-		err = f(a) // a has nothing to close but the client
-		var refused sarama.KError
-		if err != nil && !errors.As(err, &refused) {
-			// See discard: the next one needs connections that work. Sarama opens them again.
-			for _, b := range c.sarama.Brokers() {
-				_ = b.Close()
-			}
-		}
-		return err
+		defer a.Close() // nothing could be done about an error
+		return f(a)
 	})
 }
 
