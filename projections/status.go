@@ -67,9 +67,24 @@ type BuildStatus struct {
 	Error      string  `json:"error,omitempty" doc:"Why it is halted."`
 	LastError  string  `json:"last_error,omitempty" doc:"What went wrong last, and passed; with the time."`
 
+	Verified *Verified      `json:"verified,omitempty" doc:"What the last verification of this build found, if there was one."`
 	Previous *PreviousBuild `json:"previous,omitempty" doc:"The build that was live before, as long as a rollback to it is possible."`
 
 	keepUntil *time.Time
+}
+
+// Verified is what a comparison of a build's rows with the fold of the log has found.
+type Verified struct {
+	At          time.Time `json:"at"`
+	Differences int64     `json:"differences" doc:"Rows that were not the same."`
+}
+
+// ScratchBuild is a build for people to look at.
+type ScratchBuild struct {
+	Name      string    `json:"name"`
+	Build     int64     `json:"build"`
+	Version   int       `json:"version"`
+	KeepUntil time.Time `json:"keep_until" doc:"When it is dropped."`
 }
 
 // PreviousBuild is the build that was live before: it is kept up to date until it is dropped.
@@ -83,9 +98,10 @@ type PreviousBuild struct {
 // Status is how far everything is that runs behind the commands. When no policy has a lag, no live build has one and no
 // intent is open, the shop is at rest.
 type Status struct {
-	Items       []BuildStatus `json:"items" doc:"Every build that queries read or that is being made."`
-	Policies    []PolicyLag   `json:"policies"`
-	OpenIntents int64         `json:"open_intents" doc:"Requests to the payment provider without an answer."`
+	Items       []BuildStatus  `json:"items" doc:"Every build that queries read or that is being made."`
+	Scratch     []ScratchBuild `json:"scratch,omitempty" doc:"Builds for people to look at, which nothing keeps up to date."`
+	Policies    []PolicyLag    `json:"policies"`
+	OpenIntents int64          `json:"open_intents" doc:"Requests to the payment provider without an answer."`
 }
 
 // ReadStatus asks the views and Kafka how far everything is. What is behind is never taken for up to date: ends are
@@ -120,23 +136,29 @@ func ReadStatus(ctx context.Context, db DB, lags Lags) (Status, error) {
 		return s, err
 	}
 	s.measure(ctx, places, ends, lags)
-	s.attachPrevious()
+	s.setAside()
 	return s, nil
 }
 
-const statePrevious = "previous"
+// Builds in these states are shown elsewhere than among the items.
+const (
+	statePrevious = "previous"
+	stateScratch  = "scratch"
+)
 
-// attachPrevious makes the previous builds part of the live ones' items.
-func (s *Status) attachPrevious() {
-	isPrevious := func(b BuildStatus) bool { return b.State == statePrevious }
+// setAside makes the previous builds part of the live ones' items, and lists those for people to look at apart.
+func (s *Status) setAside() {
 	for _, b := range s.Items {
+		if b.State == stateScratch {
+			s.Scratch = append(s.Scratch, ScratchBuild{b.Name, b.Build, b.Version, b.keepUntil.UTC()})
+		}
 		for i := range s.Items {
-			if live := &s.Items[i]; isPrevious(b) && live.Name == b.Name && (live.State == StateLive || live.State == StateHalted) {
+			if live := &s.Items[i]; b.State == statePrevious && live.Name == b.Name && (live.State == StateLive || live.State == StateHalted) {
 				live.Previous = &PreviousBuild{b.Build, b.Version, b.Lag, b.keepUntil.UTC()}
 			}
 		}
 	}
-	s.Items = slices.DeleteFunc(s.Items, isPrevious)
+	s.Items = slices.DeleteFunc(s.Items, func(b BuildStatus) bool { return b.State == statePrevious || b.State == stateScratch })
 }
 
 // place is where a build is in a partition.
@@ -194,8 +216,8 @@ func (s *Status) measure(ctx context.Context, places [][]place, ends map[string]
 // readBuilds fills in the items but for their lag, and says where each is in each partition.
 func (s *Status) readBuilds(ctx context.Context, db DB) (places [][]place, err error) {
 	rows, err := db.Query(ctx, `SELECT id, model, version, state, topics, partition, offsets, seqs, skipped, error, trouble,
-			rate, parked, keep_until
-		FROM wharf_read.builds WHERE state <> 'scratch' AND purpose = 'replay' ORDER BY model, id, partition`)
+			rate, parked, keep_until, verified_at, differences
+		FROM wharf_read.builds WHERE state = 'scratch' OR purpose = 'replay' ORDER BY model, id, partition`)
 	if err != nil {
 		return nil, err
 	}
@@ -205,8 +227,11 @@ func (s *Status) readBuilds(ctx context.Context, db DB) (places [][]place, err e
 		var topics []string
 		var partition int32
 		var offsets, seqs []int64
+		var verified *time.Time
+		var differences *int64
 		err := rows.Scan(&b.Build, &b.Name, &b.Version, &b.State, &topics, &partition, &offsets, &seqs,
-			&b.Skipped, &b.Error, &b.LastError, &b.Rate, &b.Parked, &b.keepUntil)
+			&b.Skipped, &b.Error, &b.LastError, &b.Rate, &b.Parked, &b.keepUntil,
+			&verified, &differences)
 		if err != nil {
 			return nil, err
 		}
@@ -218,6 +243,9 @@ func (s *Status) readBuilds(ctx context.Context, db DB) (places [][]place, err e
 			last++
 			s.Items = append(s.Items, BuildStatus{Name: b.Name, Build: b.Build, Version: b.Version, State: b.State,
 				Position: map[string]int64{}, keepUntil: b.keepUntil})
+			if differences != nil {
+				s.Items[last].Verified = &Verified{verified.UTC(), *differences}
+			}
 			places = append(places, nil)
 		}
 		item := &s.Items[last]

@@ -64,7 +64,12 @@ func run(args []string) int {
 		return 0 // --help
 	}
 	if err != nil {
-		fmt.Fprintf(os.Stderr, "wharf: %v\nTry: wharf --help\n", err)
+		help := "wharf"
+		var wrong *kong.ParseError
+		if errors.As(err, &wrong) && wrong.Context.Selected() != nil {
+			help = "wharf " + commandName(wrong.Context.Command())
+		}
+		fmt.Fprintf(os.Stderr, "wharf: %v\nTry: %s --help\n", err, help)
 		return exitUsage
 	}
 	// Traces are made and passed on through HTTP, commits and events; who wants to see them adds an exporter here.

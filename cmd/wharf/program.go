@@ -118,7 +118,7 @@ func listen(addr string) (net.Listener, error) {
 	}
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
-		return nil, fmt.Errorf("listen: %w (choose another one with --addr)", err)
+		return nil, fmt.Errorf("%w (choose another address with --addr)", err)
 	}
 	return l, nil
 }

@@ -5,8 +5,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"time"
 
 	"wharf/infra/journal"
+	"wharf/infra/kafka"
 	"wharf/infra/postgres"
 )
 
@@ -18,7 +20,7 @@ type projectCmd struct {
 	storesFlag
 }
 
-// Run implements the subcommand. It folds the log, and needs no database.
+// Run implements the subcommand. It folds the log, and needs no database but to know which events were given up.
 func (c *projectCmd) Run(ctx context.Context) error {
 	if _, err := modelsOf([]string{c.Model}); err != nil {
 		return err
@@ -30,10 +32,15 @@ func (c *projectCmd) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if len(c.KafkaBrokers) == 0 {
-		if err := c.resolve(); err != nil {
+	fold := func(ctx context.Context, _ *kafka.Client, engine *postgres.Engine) error {
+		s, err := engine.AsOf(ctx, c.Model, c.Key, at)
+		if err != nil {
 			return err
 		}
+		return c.print(s)
+	}
+	if c.DatabaseURL != "" || len(c.KafkaBrokers) == 0 {
+		return c.withEngine(ctx, "wharf-project", time.Hour, fold)
 	}
 	client, partitions, err := c.connect(ctx, "wharf-project")
 	if err != nil {
@@ -43,14 +50,10 @@ func (c *projectCmd) Run(ctx context.Context) error {
 	engine := postgres.New(nil, postgres.Config{
 		Source: func(topic string) journal.Reader { return client.Reader(topic) }, Partitions: partitions,
 	})
-	var s postgres.Snapshot
-	err = c.whileKafka(ctx, client, func(ctx context.Context) (err error) {
-		s, err = engine.AsOf(ctx, c.Model, c.Key, at)
-		return err
-	})
-	if err != nil {
-		return err
-	}
+	return c.whileKafka(ctx, client, func(ctx context.Context) error { return fold(ctx, client, engine) })
+}
+
+func (c *projectCmd) print(s postgres.Snapshot) error {
 	if c.JSON {
 		return printJSON(map[string]any{"items": s.Rows})
 	}

@@ -138,7 +138,7 @@ func (c *projectionsCmd) Run(ctx context.Context) error {
 		return printJSON(status)
 	}
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "READ MODEL\tBUILD\tVERSION\tSTATE\tLAG\tSECONDS\tRATE/S\tPARKED\tPREVIOUS\tEVENTS SEEN")
+	fmt.Fprintln(w, "READ MODEL\tBUILD\tVERSION\tSTATE\tLAG\tSECONDS\tRATE/S\tPARKED\tVERIFIED\tPREVIOUS\tEVENTS SEEN")
 	for _, b := range status.Items {
 		var seen []string
 		for _, topic := range slices.Sorted(maps.Keys(b.Position)) {
@@ -148,8 +148,18 @@ func (c *projectionsCmd) Run(ctx context.Context) error {
 		if p := b.Previous; p != nil {
 			before = fmt.Sprintf("build %d, lag %d, until %s", p.Build, p.Lag, p.KeepUntil.Format("15:04:05"))
 		}
-		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%d\t%.1f\t%.0f\t%d\t%s\t%s\n", b.Name, b.Build, b.Version, b.State, b.Lag, b.LagSeconds,
-			b.Rate, b.Parked, before, strings.Join(seen, ", "))
+		verified := "-"
+		if v := b.Verified; v != nil {
+			verified = fmt.Sprintf("%s, %d differ", v.At.Format("15:04:05"), v.Differences)
+		}
+		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%d\t%.1f\t%.0f\t%d\t%s\t%s\t%s\n", b.Name, b.Build, b.Version, b.State, b.Lag, b.LagSeconds,
+			b.Rate, b.Parked, verified, before, strings.Join(seen, ", "))
+	}
+	if len(status.Scratch) > 0 {
+		fmt.Fprintln(w, "\nTO LOOK AT\tBUILD\tVERSION\tDROPPED AFTER\tTABLE")
+	}
+	for _, b := range status.Scratch {
+		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%s\n", b.Name, b.Build, b.Version, b.KeepUntil.Format("15:04:05"), postgres.Table(b.Name, b.Build))
 	}
 	for _, b := range status.Items {
 		if b.Error != "" {

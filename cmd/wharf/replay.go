@@ -267,8 +267,11 @@ func (c *replayCmd) progress() (show func(postgres.Progress), wait func()) {
 		return bars()
 	}
 	return paced(2*time.Second, func(p postgres.Progress, rate float64, left time.Duration) {
-		line := fmt.Sprintf("%s: %s, %d of %d events", p.Model, p.Phase, p.Done, p.Total)
-		if p.Phase == postgres.PhaseReading {
+		line := fmt.Sprintf("%s: %s", p.Model, p.Phase)
+		if p.Total > 0 { // a rollback reads nothing
+			line += fmt.Sprintf(", %d of %d events", p.Done, p.Total)
+		}
+		if p.Phase == postgres.PhaseReading && p.Done > 0 {
 			line += fmt.Sprintf(", %d of %d partitions, %.0f events/s, %s left", p.PartitionsDone, p.Partitions, rate, left)
 		}
 		fmt.Fprintln(os.Stderr, line)

@@ -30,6 +30,9 @@ type build struct {
 	partitions int
 	topics     []string
 	state      string
+
+	verified    *time.Time
+	differences *int64 // that were found then
 }
 
 // The states of a build. It begins as building, under a lock of whoever makes it. The live one is what queries read;
@@ -47,6 +50,9 @@ func (b build) schema() string { return fmt.Sprintf("wharf_build_%d", b.id) }
 
 // table is the build's table as SQL names it.
 func (b build) table() string { return b.schema() + "." + quote(b.model) }
+
+// Table is the table of a build of the read model, as SQL names it.
+func Table(model string, id int64) string { return build{id: id, model: model}.table() }
 
 func quote(name string) string { return pgx.Identifier{name}.Sanitize() }
 
@@ -90,12 +96,12 @@ type querier interface {
 // builds lists the builds of all models in one of the states.
 func builds(ctx context.Context, db querier, states ...string) ([]build, error) {
 	rows, err := db.Query(ctx,
-		"SELECT id, model, version, partitions, topics, state FROM wharf.builds WHERE state = ANY($1)", states)
+		`SELECT id, model, version, partitions, topics, state, verified_at, differences FROM wharf.builds WHERE state = ANY($1)`, states)
 	if err != nil {
 		return nil, err
 	}
 	return pgx.CollectRows(rows, func(r pgx.CollectableRow) (b build, err error) {
-		err = r.Scan(&b.id, &b.model, &b.version, &b.partitions, &b.topics, &b.state)
+		err = r.Scan(&b.id, &b.model, &b.version, &b.partitions, &b.topics, &b.state, &b.verified, &b.differences)
 		return b, err
 	})
 }
@@ -290,8 +296,8 @@ func modelLock(model string) (class, object int32) {
 
 // The classes of advisory locks: of models and the engine's own, and of builds in the making, by id.
 const (
-	lockClass = 0x57484152 // "WHAR"
-	buildLock = lockClass + 1
+	lockClass = 0x57484152    // "WHAR"
+	buildLock = lockClass + 1 // which the view wharf_read.builds knows, too
 
 	setupLock  = 1
 	verifyLock = 2

@@ -113,7 +113,8 @@ func (e *Engine) Check(ctx context.Context) error {
 		return err
 	}
 	var there bool
-	if err := e.pool.QueryRow(ctx, "SELECT to_regclass('wharf.parked') IS NOT NULL").Scan(&there); err != nil {
+	if err := e.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM pg_attribute
+		WHERE attrelid = to_regclass('wharf.builds') AND attname = 'differences')`).Scan(&there); err != nil {
 		return fmt.Errorf("look at the database: %w", err)
 	}
 	if !there {
@@ -255,6 +256,10 @@ func (e *Engine) look(ctx context.Context) error {
 	gone := maps.Clone(e.kept)
 	changed := false
 	for _, b := range now {
+		if b.state == live && b.differences != nil { // whoever has looked
+			verifiedAt.WithLabelValues(b.model).Set(float64(b.verified.UnixMilli()) / 1000)
+			differences.WithLabelValues(b.model).Set(float64(*b.differences))
+		}
 		as := role{b.model, b.state}
 		old := e.kept[as]
 		delete(gone, as)

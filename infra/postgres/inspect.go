@@ -158,8 +158,9 @@ type Snapshot struct {
 // ErrNoRow says that there was no such row.
 var ErrNoRow = errors.New("there is no such row at that moment")
 
-// AsOf is what the rows with the key were at the moment; a nil moment is now. It folds the log in memory, and needs no
-// database. The key is a stream's id, or the columns of the row's key with slashes between.
+// AsOf is what the rows with the key were at the moment; a nil moment is now. It folds the log in memory. Without a database
+// it does not know of events that an operator gave up, and folds them, too. The key is a stream's id, or the columns of the
+// row's key with slashes between.
 func (e *Engine) AsOf(ctx context.Context, model, key string, at *Moment) (s Snapshot, err error) {
 	m, err := projections.Find(e.Models, model)
 	if err != nil {
@@ -182,6 +183,16 @@ func (e *Engine) asOf(ctx context.Context, m projections.Model, at *Moment, s *S
 			return err
 		}
 	}
+	givenUp := map[string]bool{}
+	if e.pool != nil {
+		discarded, err := e.DiscardedEvents(ctx, m.Name)
+		if err != nil {
+			return err
+		}
+		for _, d := range discarded {
+			givenUp[d.Position] = true
+		}
+	}
 	t := &task{model: m}
 	matches := matcher(m, s.Key)
 	rows := map[any]any{}
@@ -199,7 +210,7 @@ func (e *Engine) asOf(ctx context.Context, m projections.Model, at *Moment, s *S
 					return err
 				}
 				last = r.Seq
-				if at != nil && !at.covers(r) {
+				if at != nil && !at.covers(r) || len(givenUp) > 0 && givenUp[r.Position.String()] {
 					return nil
 				}
 				event, listens, bad := m.Decode(r)

@@ -145,6 +145,9 @@ func TestAPoisonousEventIsParkedAndNothingElse(t *testing.T) {
 	if got := shelves(t, e); got != "CUP 7 , MUG 21 fourth, POT 4 " {
 		t.Errorf("after a replay the shelves are %q", got)
 	}
+	if row, err := e.AsOf(t.Context(), "shelf", "CUP", nil); err != nil || row.Events != 1 {
+		t.Errorf("the row by itself: %+v, %v", row, err)
+	}
 }
 
 func sorted(s []string) map[string]int {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -428,18 +429,39 @@ func TestPositionsAreShownForEveryBuild(t *testing.T) {
 	e := newEngine(t, pool, s)
 	start(t, e)
 	s.caughtUp(t, pool)
-	status, err := projections.ReadStatus(context.Background(), pool, testLags{s})
+	verify(t, e, 0)
+	if err := e.Inspect(t.Context(), "stock", Part{}, func(Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	show := func() (shown []string) {
+		status, err := projections.ReadStatus(context.Background(), pool, testLags{s})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, b := range status.Items {
+			shown = append(shown, fmt.Sprint(b.Name, b.Version, b.State, b.Lag, b.Error, b.Verified != nil && b.Verified.Differences == 0))
+		}
+		for _, b := range status.Scratch {
+			shown = append(shown, fmt.Sprint(b.Name, " to look at ", b.KeepUntil.After(time.Now())))
+		}
+		return shown
+	}
+	want := []string{"history1live0true", "ledger1live0true", "orders1live0true", "payments1live0true", "sales1live0true",
+		"shipments1live0true", "stock1live0true", "stock to look at true"}
+	if got := show(); !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+	// One in the making is shown for as long as somebody is at it.
+	r, end, err := e.begin(t.Context(), projections.Sales, func(Progress) {}, forReplay)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var got []string
-	for _, b := range status.Items {
-		got = append(got, fmt.Sprint(b.Name, b.Version, b.State, b.Lag, b.Error))
+	if got := show(); !slices.ContainsFunc(got, func(s string) bool { return strings.HasPrefix(s, "sales1building") }) {
+		t.Errorf("while a build is made: %v", got)
 	}
-	want := []string{"history1live0", "ledger1live0", "orders1live0", "payments1live0", "sales1live0", "shipments1live0", "stock1live0"}
-	if !slices.Equal(got, want) {
-		t.Errorf("got %v, want %v", got, want)
-	}
+	_ = r.conn.Conn().PgConn().Conn().Close() // killed
+	eventually(t, "a build whose maker has died is not shown", func() bool { return slices.Equal(show(), want) })
+	end(&err)
 }
 
 // testLags is projections.Lags on the topics in memory.

@@ -50,10 +50,28 @@ type Comparison struct {
 
 // Difference is a row that is not the same in both builds.
 type Difference struct {
-	Key     string   `json:"key"`
-	Kind    string   `json:"kind"`              // only_live, only_fold or differing
-	Columns []string `json:"columns,omitempty"` // that differ
+	Key     string      `json:"key"`
+	Kind    string      `json:"kind"`              // only_live, only_fold or differing
+	Columns []Differing `json:"columns,omitempty"` // that differ
 }
+
+// Differing is a column that is not the same in both, with the beginnings of its text in each.
+type Differing struct {
+	Column string `json:"column"`
+	Live   string `json:"live"`
+	Fold   string `json:"fold"`
+}
+
+func (d Difference) String() string {
+	text := d.Key + ": " + strings.ReplaceAll(d.Kind, "_", " ")
+	for i, c := range d.Columns {
+		text += fmt.Sprintf("%s %s is %q in the live build and %q in the fold", map[bool]string{true: ",", false: ""}[i > 0], c.Column, c.Live, c.Fold)
+	}
+	return text
+}
+
+// shownText is how many characters of a column's text a Difference shows.
+const shownText = 100
 
 // Differences is how many rows are not the same in both.
 func (c *Comparison) Differences() int64 { return c.OnlyLive + c.OnlyFold + c.Differing }
@@ -87,7 +105,7 @@ func (c *Comparison) String() string {
 	text += fmt.Sprintf(": rows that differ: %d (only in the live build: %d, only in the fold: %d, in both but not the same: %d)",
 		c.Differences(), c.OnlyLive, c.OnlyFold, c.Differing)
 	for _, d := range c.First {
-		text += fmt.Sprintf("\n  %s: %s", d.Key, strings.TrimSpace(strings.ReplaceAll(d.Kind, "_", " ")+" "+strings.Join(d.Columns, ", ")))
+		text += "\n  " + d.String()
 	}
 	if int64(len(c.First)) < c.Differences() {
 		text += "\n  …"
@@ -148,13 +166,11 @@ func (e *Engine) verify(ctx context.Context, m projections.Model, pace int, prog
 	if err != nil {
 		return c, err
 	}
-	verifiedAt.WithLabelValues(m.Name).SetToCurrentTime()
-	differences.WithLabelValues(m.Name).Set(float64(c.Differences()))
 	r.tell(PhaseDone)
 	if err := r.abandon(ctx); err != nil { // the next sweep drops it
 		e.Logger.Warn("the build of a verification could not be dropped", "model", m.Name, "err", err)
 	}
-	_, err = r.conn.Exec(ctx, "UPDATE wharf.builds SET verified_at = now() WHERE id = $1", c.Build)
+	_, err = r.conn.Exec(ctx, "UPDATE wharf.builds SET verified_at = now(), differences = $2 WHERE id = $1", c.Build, c.Differences())
 	return c, err
 }
 
@@ -314,7 +330,8 @@ func compare(ctx context.Context, tx pgx.Tx, m projections.Model, old, fresh bui
 		}
 		same := fmt.Sprintf("l.%[1]s%[2]s IS NOT DISTINCT FROM f.%[1]s%[2]s", quote(column.Name), cast)
 		equal = append(equal, same)
-		which = append(which, fmt.Sprintf("CASE WHEN %s THEN NULL ELSE '%s' END", same, column.Name))
+		which = append(which, fmt.Sprintf("CASE WHEN %s THEN NULL ELSE jsonb_build_object('column', '%s', 'live', left(l.%[3]s::text, %[4]d), 'fold', left(f.%[3]s::text, %[4]d)) END",
+			same, column.Name, quote(column.Name), shownText))
 	}
 	equal, which = append(equal, "true"), append(which, "NULL")
 	joined := fmt.Sprintf(`FROM (SELECT *, true AS is_there FROM %s) l FULL JOIN (SELECT *, true AS is_there FROM %s) f USING (%s)
@@ -327,7 +344,7 @@ func compare(ctx context.Context, tx pgx.Tx, m projections.Model, old, fresh bui
 		texts[i] = quote(k.Name) + "::text"
 	}
 	found, err := tx.Query(ctx, fmt.Sprintf(`SELECT concat_ws('/', %s), %s, CASE WHEN l.is_there AND f.is_there THEN
-		array_remove(ARRAY[%s]::text[], NULL) ELSE '{}' END, count(*) OVER (PARTITION BY %s), row_number() OVER (ORDER BY %s) AS n
+		array_to_json(array_remove(ARRAY[%s]::jsonb[], NULL)) ELSE '[]' END, count(*) OVER (PARTITION BY %s), row_number() OVER (ORDER BY %s) AS n
 		%s ORDER BY n LIMIT %d`, strings.Join(texts, ", "), kind, strings.Join(which, ", "), kind, columnNames(key), joined, firstDifferences))
 	if err != nil {
 		return c, err

@@ -57,8 +57,8 @@ func TestAVerificationFindsEveryDifference(t *testing.T) {
 		kinds[d.Kind] = d
 	}
 	want := map[string]Difference{
-		"differing": {orderID(1), "differing", []string{"status", "total"}},
-		"only_fold": {orderID(2), "only_fold", []string{}},
+		"differing": {orderID(1), "differing", []Differing{{"status", "lost", "delivered"}, {"total", "1501", "1500"}}},
+		"only_fold": {orderID(2), "only_fold", []Differing{}},
 	}
 	delete(kinds, "only_live")
 	if diff := cmp.Diff(want, kinds); diff != "" {

@@ -90,6 +90,9 @@ func Handler(mux *http.ServeMux, document []byte, of Installation, ready func() 
 			writeProblem(w, p)
 			return
 		}
+		if preferences := r.Header.Values("Prefer"); len(preferences) > 1 { // a list may come in several lines
+			r.Header.Set("Prefer", strings.Join(preferences, ", "))
+		}
 		start := time.Now()
 		ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 		defer cancel()
@@ -155,7 +158,7 @@ func serve(h http.Handler, of Installation, w http.ResponseWriter, r *http.Reque
 	version := strings.Trim(w.Header().Get("ETag"), `"`)
 	tag := `"` + version + "." + hex.EncodeToString(sum[:8]) + `"`
 	w.Header().Set("ETag", tag)
-	if match := r.Header.Get("If-None-Match"); match == "*" || strings.Contains(match, tag) {
+	if match := strings.Join(r.Header.Values("If-None-Match"), ","); match == "*" || strings.Contains(match, tag) {
 		w.Header().Del("Content-Type")
 		w.WriteHeader(http.StatusNotModified)
 		return http.StatusNotModified

@@ -256,3 +256,55 @@ func TestNotReadySaysWhenToComeBack(t *testing.T) {
 		}
 	}
 }
+
+// An answer whose tag the client has is not sent again, and one that says something else has another tag. Headers that are
+// lists may come in several lines.
+func TestAnAnswerThatTheClientHasIsNotSentAgain(t *testing.T) {
+	type prefer struct {
+		Prefer string `header:"Prefer"`
+	}
+	text := "one"
+	mux := http.NewServeMux()
+	huma.Get(web.NewAPI(mux), "/text", func(_ context.Context, in *prefer) (*projections.One[string], error) {
+		return &projections.One[string]{ETag: `"7"`, Body: text + in.Prefer}, nil
+	})
+	s := httptest.NewServer(web.Handler(mux, nil, "test", func() error { return nil }))
+	t.Cleanup(s.Close)
+	get := func(method string, header http.Header) (status int, tag, body string) {
+		r, err := http.NewRequestWithContext(t.Context(), method, s.URL+"/text", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header = header
+		res, err := http.DefaultClient.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer res.Body.Close()
+		data, _ := io.ReadAll(res.Body)
+		return res.StatusCode, res.Header.Get("ETag"), string(data)
+	}
+	status, tag, body := get(http.MethodGet, http.Header{})
+	if status != 200 || !strings.HasPrefix(tag, `"7.`) || body != "\"one\"\n" {
+		t.Fatalf("at first: %d %s %s", status, tag, body)
+	}
+	for _, header := range []http.Header{
+		{"If-None-Match": {tag}}, {"If-None-Match": {"*"}}, {"If-None-Match": {`"a", W/` + tag}}, {"If-None-Match": {`"a"`, tag}},
+	} {
+		for _, method := range []string{http.MethodGet, http.MethodHead} {
+			if status, same, body := get(method, header); status != 304 || same != tag || body != "" {
+				t.Errorf("%s %v: %d %s %s", method, header, status, same, body)
+			}
+		}
+	}
+	if status, _, _ := get(http.MethodGet, http.Header{"If-None-Match": {`"7"`}}); status != 200 {
+		t.Errorf("another tag: %d", status)
+	}
+	if _, _, body := get(http.MethodGet, http.Header{"Prefer": {"a", "wait=1"}}); !strings.Contains(body, "a, wait=1") {
+		t.Errorf("two lines are read as %s", body)
+	}
+	text = "two"
+	if status, other, body := get(http.MethodGet, http.Header{"If-None-Match": {tag}}); status != 200 || other == tag || !strings.Contains(body, "two") {
+		t.Errorf("changed: %d %s %s", status, other, body)
+	}
+}
