@@ -99,8 +99,7 @@ func start(ctx context.Context, dir string, brokers int, o options) (*Cluster, e
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	id := uuid.New()
-	c := &Cluster{dir: dir, id: base64.RawURLEncoding.EncodeToString(id[:]), options: []string{"-Xmx512m"}}
+	c := &Cluster{dir: dir, id: clusterID(), options: []string{"-Xmx512m"}}
 	if brokers > 1 { // they share the machine, and so each has to start and to live on less
 		c.options = []string{"-Xmx384m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"}
 	}
@@ -138,6 +137,16 @@ func start(ctx context.Context, dir string, brokers int, o options) (*Cluster, e
 		return nil, err
 	}
 	return c, nil
+}
+
+// clusterID is one that cannot be taken for a flag, as Kafka's own are chosen.
+func clusterID() string {
+	for {
+		id := uuid.New()
+		if text := base64.RawURLEncoding.EncodeToString(id[:]); text[0] != '-' {
+			return text
+		}
+	}
 }
 
 // Addrs are the addresses for clients to start from, host:port, one a broker.
