@@ -2,7 +2,9 @@ package projections
 
 import (
 	"context"
+	"encoding/json"
 	"net/http"
+	"reflect"
 	"time"
 
 	"github.com/danielgtaylor/huma/v2"
@@ -104,6 +106,27 @@ type Order struct {
 	Stale     bool          `json:"stale,omitempty" doc:"True while events of it could not be applied: this is how it was before them."`
 }
 
+// orderWithLines is an Order as a query answers it: with its lines as they are stored.
+type orderWithLines struct {
+	Order
+	Lines linesText `json:"lines"`
+}
+
+type linesText json.RawMessage
+
+// MarshalJSON implements json.Marshaler.
+func (t linesText) MarshalJSON() ([]byte, error) {
+	if string(t) == "null" { // its placing was given up
+		return []byte("[]"), nil
+	}
+	return t, nil
+}
+
+// Schema implements huma's documentation.
+func (linesText) Schema(r huma.Registry) *huma.Schema {
+	return r.Schema(reflect.TypeFor[[]orders.Line](), true, "Line")
+}
+
 // Part is the state of an order's payment or shipment.
 type Part struct {
 	Status  string `json:"status"`
@@ -161,11 +184,11 @@ func registerOrders(api huma.API, db Reads) {
 	read(api, db, Orders, huma.Operation{
 		OperationID: "get-order", Method: http.MethodGet, Path: "/orders/{id}",
 		Summary: "An order with its lines", Tags: []string{"orders"},
-	}, func(ctx context.Context, in *orderOne) (*One[Order], error) {
-		var lines []orders.Line
-		o, err := scanOrder(db.QueryRow(ctx, "SELECT "+orderColumns+
-			", lines FROM wharf_read.orders WHERE version > 0 AND id = $1", in.ID.UUID()), &lines)
-		o.Lines = lines
+	}, func(ctx context.Context, in *orderOne) (*One[orderWithLines], error) {
+		var o orderWithLines
+		var err error
+		o.Order, err = scanOrder(db.QueryRow(ctx, "SELECT "+orderColumns+
+			", lines FROM wharf_read.orders WHERE version > 0 AND id = $1", in.ID.UUID()), (*[]byte)(&o.Lines))
 		return one(o, o.Version, err)
 	})
 }
