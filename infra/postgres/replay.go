@@ -396,6 +396,9 @@ func (r *replay) advance(ctx context.Context, until [][]int64) error {
 				err := t.run(ctx, until[p])
 				if !isCode(err, codeMoved) {
 					r.through()
+					if err == nil { // or rows of all partitions would be in memory in the end
+						t.rows.release()
+					}
 					return err
 				}
 				// A projector keeps the build up to date, too: it is a previous one.

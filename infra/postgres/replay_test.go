@@ -92,6 +92,32 @@ func TestAReplayComesToTheSameRows(t *testing.T) {
 	}
 }
 
+// What is in memory at a time does not grow with the log: a partition that was read lets its rows go.
+func TestARowIsInMemoryOnlyWhileItsPartitionIsRead(t *testing.T) {
+	s := newShop()
+	for i := range 50 {
+		s.order(i, 1)
+	}
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	stop := start(t, e)
+	s.caughtUp(t, pool)
+	stop()
+	r, end, err := e.begin(t.Context(), projections.Orders, func(Progress) {}, forLooking)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer end(&err)
+	if err = r.fill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, task := range r.tasks {
+		if n := len(task.rows.young) + len(task.rows.old); n > 0 || task.rows.complete && task.at.seqs[0] > 0 {
+			t.Errorf("partition %d has %d rows in memory", task.partition, n)
+		}
+	}
+}
+
 // While orders come in and builds are swapped again and again, queries never fail and never see less than before; in
 // the end all is as if nothing had been swapped.
 func TestQueriesAndLiveProjectionGoOnDuringReplays(t *testing.T) {

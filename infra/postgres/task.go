@@ -130,7 +130,7 @@ const (
 )
 
 // bulkLimits are those of a task that fills a build.
-var bulkLimits = limits{events: 20_000, bytes: 16 << 20, rows: 10_000}
+var bulkLimits = limits{events: 20_000, bytes: 16 << 20, rows: 5_000}
 
 // run follows the topics until ctx ends, or an error, or until it is at the given offset of each topic, if there are any,
 // or beyond, and has stored that. It never reads beyond them. It can be run again then. When the table refuses a row, it goes over the batch again,
@@ -807,6 +807,12 @@ func (c *rowCache) touch(r *cached) {
 }
 
 func (c *rowCache) full() bool { return len(c.dirty) >= c.most }
+
+// release lets all rows go, which have been written: they are read again when they are needed.
+func (c *rowCache) release() {
+	c.complete = c.complete && len(c.young)+len(c.old) == 0
+	c.young, c.old = map[any]*cached{}, nil
+}
 
 // flushed says that all rows have been written.
 func (c *rowCache) flushed(forget bool) {
