@@ -215,9 +215,10 @@ func (s *Status) measure(ctx context.Context, places [][]place, ends map[string]
 
 // readBuilds fills in the items but for their lag, and says where each is in each partition.
 func (s *Status) readBuilds(ctx context.Context, db DB) (places [][]place, err error) {
+	// The view of a projector that is older than this program lacks what goes by JSON.
 	rows, err := db.Query(ctx, `SELECT id, model, version, state, topics, partition, offsets, seqs, skipped, error, trouble,
-			rate, parked, keep_until, verified_at, differences
-		FROM wharf_read.builds WHERE state = 'scratch' OR purpose = 'replay' ORDER BY model, id, partition`)
+			rate, parked, keep_until, (to_jsonb(b)->>'verified_at')::timestamptz, (to_jsonb(b)->>'differences')::bigint
+		FROM wharf_read.builds b WHERE state = 'scratch' OR purpose = 'replay' ORDER BY model, id, partition`)
 	if err != nil {
 		return nil, err
 	}
