@@ -250,7 +250,7 @@ var sampleOrder = func() projections.Order {
 	return o
 }()
 
-// rawGet selects what the query selects, by primary key, as fast as it goes.
+// rawGet selects the columns that the query answers, by primary key, as fast as it goes.
 func rawGet(t *testing.T, owner *pgxpool.Pool, callers int, ids []string) stat {
 	t.Helper()
 	pool, err := postgres.OpenQuery(t.Context(), owner.Config().ConnString())
@@ -260,8 +260,12 @@ func rawGet(t *testing.T, owner *pgxpool.Pool, callers int, ids []string) stat {
 	defer pool.Close()
 	s, err := drive(closed(callers), func(w int) error {
 		id := ids[(w*7919+int(time.Now().UnixNano()>>10))%len(ids)]
-		var customer, lines string
-		err := pool.QueryRow(t.Context(), "SELECT customer, lines FROM wharf_read.orders WHERE id = $1", id).Scan(&customer, &lines)
+		var o projections.Order
+		var lines []byte
+		err := pool.QueryRow(t.Context(), `SELECT customer, status, reason, total, currency, payment_version, shipment_status,
+			shipment_version, version, placed_at, updated_at, lines FROM wharf_read.orders WHERE id = $1`, id).Scan(&o.Customer,
+			&o.Status, &o.Reason, &o.Total.Amount, &o.Total.Currency, &o.Payment.Version, &o.Shipment.Status, &o.Shipment.Version,
+			&o.Version, &o.PlacedAt, &o.UpdatedAt, &lines)
 		if err != nil {
 			return fmt.Errorf("order %s: %w", id, err)
 		}
