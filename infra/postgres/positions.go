@@ -17,7 +17,7 @@ import (
 // question after the other is asked of the database, and none while nobody waits.
 type Positions struct {
 	pool  querier
-	least time.Duration // between two questions; they take a fifth of the time at most
+	least time.Duration // between two questions
 
 	mu      sync.Mutex
 	seen    map[seenAt]int64 // as of asked
@@ -29,6 +29,9 @@ type Positions struct {
 // fresh is for how long an answer of the database is taken for the present: it may lose what it has not flushed, or be made
 // anew.
 const fresh = 100 * time.Millisecond
+
+// longestPause is between two questions while somebody waits and answers come.
+const longestPause = 5 * time.Millisecond
 
 // NewPositions reads from the pool, which may be one for queries.
 func NewPositions(pool querier) *Positions {
@@ -123,7 +126,12 @@ func (p *Positions) ask() {
 			}
 		}
 		p.mu.Unlock()
-		time.Sleep(min(max(p.least, 4*time.Since(began)), fresh))
+		// As long as the answer took, but not much longer because one was late.
+		rest := min(max(p.least, time.Since(began)), longestPause)
+		if err != nil {
+			rest = fresh
+		}
+		time.Sleep(rest)
 	}
 }
 
