@@ -83,8 +83,14 @@ func (e *Engine) migrate(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	_, err = p.Up(ctx)
-	return err
+	for retry := (backoff{}); ; {
+		_, err = p.Up(ctx)
+		// A long query, or a comparison, is at what is to be changed.
+		busy := isCode(err, codeLockNotAvailable) || isCode(err, codeDeadlock)
+		if !busy || retry.tries == swapTries || !retry.sleep(ctx) {
+			return err
+		}
+	}
 }
 
 // querier is a pool, a connection or a transaction.
@@ -379,6 +385,7 @@ const dropLockTimeout = 3 * time.Second // longer than a vacuum takes to give wa
 const (
 	codeMoved            = "WH001" // wharf.advance
 	codeLockNotAvailable = "55P03"
+	codeDeadlock         = "40P01"
 )
 
 func isCode(err error, code string) bool {

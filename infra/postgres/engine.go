@@ -256,9 +256,8 @@ func (e *Engine) look(ctx context.Context) error {
 	gone := maps.Clone(e.kept)
 	changed := false
 	for _, b := range now {
-		if b.state == live && b.differences != nil { // whoever has looked
-			verifiedAt.WithLabelValues(b.model).Set(float64(b.verified.UnixMilli()) / 1000)
-			differences.WithLabelValues(b.model).Set(float64(*b.differences))
+		if b.state == live {
+			b.showVerified()
 		}
 		as := role{b.model, b.state}
 		old := e.kept[as]

@@ -19,13 +19,24 @@ import (
 var (
 	verifiedAt = promauto.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "wharf_projection_verified_timestamp_seconds",
-		Help: "When the read model was last compared with the fold of the log.",
+		Help: "When the live build of the read model was last compared with the fold of the log, if it ever was.",
 	}, []string{"model"})
 	differences = promauto.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "wharf_projection_differences",
-		Help: "Rows of the read model that differed from the fold of the log when it was last verified.",
+		Help: "Rows of the live build that differed from the fold of the log when it was last verified, and events that could not be applied then.",
 	}, []string{"model"})
 )
+
+// showVerified has the metrics say what whoever verified the live build last has found, if somebody has.
+func (b build) showVerified() {
+	if b.differences == nil {
+		verifiedAt.DeleteLabelValues(b.model)
+		differences.DeleteLabelValues(b.model)
+		return
+	}
+	verifiedAt.WithLabelValues(b.model).Set(float64(b.verified.UnixMilli()) / 1000)
+	differences.WithLabelValues(b.model).Set(float64(*b.differences))
+}
 
 // Comparison is what became of comparing the live build of a read model, row by row, with another one that was folded
 // from the start of the log to the same position.
@@ -50,28 +61,49 @@ type Comparison struct {
 
 // Difference is a row that is not the same in both builds.
 type Difference struct {
-	Key     string      `json:"key"`
-	Kind    string      `json:"kind"`              // only_live, only_fold or differing
-	Columns []Differing `json:"columns,omitempty"` // that differ
-}
-
-// Differing is a column that is not the same in both, with the beginnings of its text in each.
-type Differing struct {
-	Column string `json:"column"`
-	Live   string `json:"live"`
-	Fold   string `json:"fold"`
+	Key     string            `json:"key"`
+	Kind    string            `json:"kind"`              // only_live, only_fold or differing
+	Columns []string          `json:"columns,omitempty"` // that differ
+	Live    map[string]string `json:"live,omitempty"`    // the text of each of them, where it begins to differ
+	Fold    map[string]string `json:"fold,omitempty"`
 }
 
 func (d Difference) String() string {
 	text := d.Key + ": " + strings.ReplaceAll(d.Kind, "_", " ")
 	for i, c := range d.Columns {
-		text += fmt.Sprintf("%s %s is %q in the live build and %q in the fold", map[bool]string{true: ",", false: ""}[i > 0], c.Column, c.Live, c.Fold)
+		if i > 0 {
+			text += ","
+		}
+		text += fmt.Sprintf(" %s is %q in the live build and %q in the fold", c, d.Live[c], d.Fold[c])
 	}
 	return text
 }
 
-// shownText is how many characters of a column's text a Difference shows.
-const shownText = 100
+// What a Difference shows of a column's text: so many characters, from a few before the first one that differs.
+const (
+	shownText   = 100
+	shownBefore = 20
+)
+
+func excerpts(a, b string) (string, string) {
+	from, to := []rune(a), []rune(b)
+	same := 0
+	for same < min(len(from), len(to)) && from[same] == to[same] {
+		same++
+	}
+	cut := func(text []rune) string {
+		begin, prefix, suffix := max(0, same-shownBefore), "", ""
+		if begin > 0 {
+			prefix = "…"
+		}
+		end := min(len(text), begin+shownText)
+		if end < len(text) {
+			suffix = "…"
+		}
+		return prefix + string(text[begin:end]) + suffix
+	}
+	return cut(from), cut(to)
+}
 
 // Differences is how many rows are not the same in both.
 func (c *Comparison) Differences() int64 { return c.OnlyLive + c.OnlyFold + c.Differing }
@@ -170,7 +202,7 @@ func (e *Engine) verify(ctx context.Context, m projections.Model, pace int, prog
 	if err := r.abandon(ctx); err != nil { // the next sweep drops it
 		e.Logger.Warn("the build of a verification could not be dropped", "model", m.Name, "err", err)
 	}
-	_, err = r.conn.Exec(ctx, "UPDATE wharf.builds SET verified_at = now(), differences = $2 WHERE id = $1", c.Build, c.Differences())
+	_, err = r.conn.Exec(ctx, "UPDATE wharf.builds SET verified_at = now(), differences = $2 WHERE id = $1", c.Build, c.Differences()+c.Unapplied)
 	return c, err
 }
 
@@ -330,8 +362,7 @@ func compare(ctx context.Context, tx pgx.Tx, m projections.Model, old, fresh bui
 		}
 		same := fmt.Sprintf("l.%[1]s%[2]s IS NOT DISTINCT FROM f.%[1]s%[2]s", quote(column.Name), cast)
 		equal = append(equal, same)
-		which = append(which, fmt.Sprintf("CASE WHEN %s THEN NULL ELSE jsonb_build_object('column', '%s', 'live', left(l.%[3]s::text, %[4]d), 'fold', left(f.%[3]s::text, %[4]d)) END",
-			same, column.Name, quote(column.Name), shownText))
+		which = append(which, fmt.Sprintf("CASE WHEN %s THEN NULL ELSE json_build_array('%s', l.%[3]s::text, f.%[3]s::text) END", same, column.Name, quote(column.Name)))
 	}
 	equal, which = append(equal, "true"), append(which, "NULL")
 	joined := fmt.Sprintf(`FROM (SELECT *, true AS is_there FROM %s) l FULL JOIN (SELECT *, true AS is_there FROM %s) f USING (%s)
@@ -343,17 +374,23 @@ func compare(ctx context.Context, tx pgx.Tx, m projections.Model, old, fresh bui
 	for i, k := range key {
 		texts[i] = quote(k.Name) + "::text"
 	}
+	// What differs is an array of name, live and fold a column.
 	found, err := tx.Query(ctx, fmt.Sprintf(`SELECT concat_ws('/', %s), %s, CASE WHEN l.is_there AND f.is_there THEN
-		array_to_json(array_remove(ARRAY[%s]::jsonb[], NULL)) ELSE '[]' END, count(*) OVER (PARTITION BY %s), row_number() OVER (ORDER BY %s) AS n
-		%s ORDER BY n LIMIT %d`, strings.Join(texts, ", "), kind, strings.Join(which, ", "), kind, columnNames(key), joined, firstDifferences))
+		(SELECT coalesce(json_agg(x), '[]') FROM (VALUES (%s)) AS v (x) WHERE x IS NOT NULL) ELSE '[]' END %s ORDER BY %s LIMIT %d`,
+		strings.Join(texts, ", "), kind, strings.Join(which, "), ("), joined, columnNames(key), firstDifferences))
 	if err != nil {
 		return c, err
 	}
 	var d Difference
-	var of, n int64
-	_, err = pgx.ForEachRow(found, []any{&d.Key, &d.Kind, &d.Columns, &of, &n}, func() error {
+	var differing [][3]string
+	_, err = pgx.ForEachRow(found, []any{&d.Key, &d.Kind, &differing}, func() error {
+		d.Columns, d.Live, d.Fold = nil, map[string]string{}, map[string]string{}
+		for _, column := range differing {
+			name := column[0]
+			d.Columns = append(d.Columns, name)
+			d.Live[name], d.Fold[name] = excerpts(column[1], column[2])
+		}
 		c.First = append(c.First, d)
-		d.Columns = nil
 		return nil
 	})
 	if err != nil || len(c.First) == 0 {

@@ -57,8 +57,9 @@ func TestAVerificationFindsEveryDifference(t *testing.T) {
 		kinds[d.Kind] = d
 	}
 	want := map[string]Difference{
-		"differing": {orderID(1), "differing", []Differing{{"status", "lost", "delivered"}, {"total", "1501", "1500"}}},
-		"only_fold": {orderID(2), "only_fold", []Differing{}},
+		"differing": {orderID(1), "differing", []string{"status", "total"},
+			map[string]string{"status": "lost", "total": "1501"}, map[string]string{"status": "delivered", "total": "1500"}},
+		"only_fold": {Key: orderID(2), Kind: "only_fold", Live: map[string]string{}, Fold: map[string]string{}},
 	}
 	delete(kinds, "only_live")
 	if diff := cmp.Diff(want, kinds); diff != "" {
@@ -78,7 +79,47 @@ func TestAVerificationFindsEveryDifference(t *testing.T) {
 	if diff := cmp.Diff(right, dump(t, pool, e.Models)); diff != "" {
 		t.Errorf("after the replay rows differ (-want +got):\n%s", diff)
 	}
+	// The metric is that of the live build, whoever verified it.
+	gauge := func() string {
+		if err := e.look(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		defer e.forget()
+		all, err := prometheus.DefaultGatherer.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, family := range all {
+			for _, m := range family.Metric {
+				if family.GetName() == "wharf_projection_differences" && m.Label[0].GetValue() == "orders" {
+					return fmt.Sprint(m.GetGauge().GetValue())
+				}
+			}
+		}
+		return "none"
+	}
+	if got := gauge(); got != "none" {
+		t.Errorf("of a build that nobody has verified it says %s", got)
+	}
 	verify(t, e, 0)
+	if got := gauge(); got != "0" {
+		t.Errorf("of one that is right it says %s", got)
+	}
+}
+
+func TestADifferenceIsShownWhereItBegins(t *testing.T) {
+	long := strings.Repeat("é", 300)
+	for _, tc := range [][4]string{
+		{"lost", "delivered", "lost", "delivered"},
+		{"", "x", "", "x"},
+		{long + "1", long + "2", "…" + strings.Repeat("é", 20) + "1", "…" + strings.Repeat("é", 20) + "2"},
+		{"1" + long, "2" + long, "1" + strings.Repeat("é", 99) + "…", "2" + strings.Repeat("é", 99) + "…"},
+		{long, long + "1", "…" + strings.Repeat("é", 20), "…" + strings.Repeat("é", 20) + "1"},
+	} {
+		if a, b := excerpts(tc[0], tc[1]); a != tc[2] || b != tc[3] {
+			t.Errorf("%q and %q are shown as %q and %q", tc[0], tc[1], a, b)
+		}
+	}
 }
 
 // Verifications hold while orders come in and projectors come and go.
