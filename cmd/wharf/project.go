@@ -3,12 +3,12 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"time"
 
 	"wharf/infra/journal"
-	"wharf/infra/kafka"
 	"wharf/infra/postgres"
 )
 
@@ -20,7 +20,7 @@ type projectCmd struct {
 	storesFlag
 }
 
-// Run implements the subcommand. It folds the log, and needs no database but to know which events were given up.
+// Run implements the subcommand. It folds the log; the database, if there is one, is asked for what was given up.
 func (c *projectCmd) Run(ctx context.Context) error {
 	if _, err := modelsOf([]string{c.Model}); err != nil {
 		return err
@@ -32,25 +32,46 @@ func (c *projectCmd) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	fold := func(ctx context.Context, _ *kafka.Client, engine *postgres.Engine) error {
-		s, err := engine.AsOf(ctx, c.Model, c.Key, at)
-		if err != nil {
+	if len(c.KafkaBrokers) == 0 {
+		if err := c.resolve(); err != nil {
 			return err
 		}
-		return c.print(s)
-	}
-	if c.DatabaseURL != "" || len(c.KafkaBrokers) == 0 {
-		return c.withEngine(ctx, "wharf-project", time.Hour, fold)
 	}
 	client, partitions, err := c.connect(ctx, "wharf-project")
 	if err != nil {
 		return err
 	}
 	defer client.Close()
+	givenUp, err := c.givenUp(ctx)
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "events that were given up, if there are any, count here: %v\n", err)
+	}
 	engine := postgres.New(nil, postgres.Config{
 		Source: func(topic string) journal.Reader { return client.Reader(topic) }, Partitions: partitions,
 	})
-	return c.whileKafka(ctx, client, func(ctx context.Context) error { return fold(ctx, client, engine) })
+	return c.whileKafka(ctx, client, func(ctx context.Context) error {
+		s, err := engine.AsOf(ctx, c.Model, c.Key, at, givenUp)
+		if err != nil {
+			return err
+		}
+		return c.print(s)
+	})
+}
+
+// givenUp asks the database for the events that nobody is to apply. Without it, or while it is away, a row can be folded
+// all the same.
+func (c *projectCmd) givenUp(ctx context.Context) ([]postgres.Discarded, error) {
+	if c.DatabaseURL == "" {
+		return nil, errors.New("no --database-url")
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	pool, err := postgres.Open(ctx, c.DatabaseURL)
+	if err != nil {
+		return nil, err
+	}
+	defer pool.Close()
+	return postgres.New(pool, postgres.Config{}).DiscardedEvents(ctx, c.Model)
 }
 
 func (c *projectCmd) print(s postgres.Snapshot) error {

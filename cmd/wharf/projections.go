@@ -150,7 +150,7 @@ func (c *projectionsCmd) Run(ctx context.Context) error {
 		}
 		verified := "-"
 		if v := b.Verified; v != nil {
-			verified = fmt.Sprintf("%s, %d differ", v.At.Format("15:04:05"), v.Differences)
+			verified = fmt.Sprintf("%s, %d differ", v.At.Format("2006-01-02 15:04"), v.Differences)
 		}
 		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%d\t%.1f\t%.0f\t%d\t%s\t%s\t%s\n", b.Name, b.Build, b.Version, b.State, b.Lag, b.LagSeconds,
 			b.Rate, b.Parked, verified, before, strings.Join(seen, ", "))

@@ -86,6 +86,7 @@ type Client struct {
 	ends    map[string]*gatherer[endAsk]   // by address
 	batches map[string]*gatherer[batchAsk] // by address and share of the partitions
 	known   map[string]identity            // by topic
+	admins  []sarama.ClusterAdmin          // that are idle
 }
 
 func init() {
@@ -179,6 +180,9 @@ func (c *Client) Close() error {
 	c.wg.Wait()
 	for _, b := range c.conns {
 		_ = b.Close() // ErrNotConnected, or nothing that could be done about it
+	}
+	for _, a := range c.admins {
+		_ = a.Close()
 	}
 	if err := errors.Join(c.pub.Close(), c.sarama.Close()); err != nil {
 		return fmt.Errorf("close the Kafka client: %w", err)

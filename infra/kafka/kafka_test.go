@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"net"
 	"os"
 	"regexp"
 	"strconv"
@@ -239,7 +241,75 @@ func TestAFaultIsOneRequestsOwn(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if got := failed.Load(); got != asked.Load()/5 {
-		t.Errorf("%d of %d requests failed, where %d were to", got, asked.Load(), asked.Load()/5)
+	if got, most := failed.Load(), asked.Load()/5; got > most || most == 0 {
+		t.Errorf("%d of %d requests failed, where %d were to at most", got, asked.Load(), most)
 	}
+}
+
+// Once connected, a client does not need the address that it started from: it may be gone, or not answer.
+func TestTheAddressToStartFromMayGo(t *testing.T) {
+	onlyFake(t)
+	cluster, err := kfake.NewCluster(kfake.NumBrokers(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(cluster.Close)
+	door, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var open sync.WaitGroup
+	var mu sync.Mutex
+	var conns []net.Conn
+	open.Go(func() {
+		for {
+			in, err := door.Accept()
+			if err != nil {
+				return
+			}
+			out, err := net.Dial("tcp", cluster.ListenAddrs()[0])
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			mu.Lock()
+			conns = append(conns, in, out)
+			mu.Unlock()
+			for _, c := range [][2]net.Conn{{in, out}, {out, in}} {
+				open.Go(func() { _, _ = io.Copy(c[0], c[1]) })
+			}
+		}
+	})
+	c := connectWith(t, Config{Brokers: []string{door.Addr().String()}, readTimeout: 200 * time.Millisecond})
+	spec := TopicSpec{Name: topic(t, c, 1), Partitions: 1}
+	_ = door.Close()
+	mu.Lock()
+	for _, c := range conns {
+		_ = c.Close()
+	}
+	mu.Unlock()
+	open.Wait()
+	ask := func(when string) {
+		for range 5 {
+			c.mu.Lock()
+			for _, a := range c.admins {
+				_ = a.Close() // so that it takes new ones
+			}
+			c.admins = nil
+			c.mu.Unlock()
+			if err := c.CheckTopics(t.Context(), []TopicSpec{spec}); err != nil {
+				t.Errorf("%s: %v", when, err)
+			}
+			if _, _, err := c.GroupLag(t.Context(), "group", []string{spec.Name}); err != nil {
+				t.Errorf("%s: %v", when, err)
+			}
+		}
+	}
+	ask("gone")
+	silent, err := net.Listen("tcp", door.Addr().String()) // it takes connections, and answers nothing
+	if err != nil {
+		t.Skip("somebody else has taken the port: ", err)
+	}
+	defer silent.Close()
+	ask("silent")
 }

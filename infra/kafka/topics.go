@@ -307,18 +307,58 @@ func (c *Client) GroupLag(ctx context.Context, group string, topics []string) (l
 	return lag, parked, nil
 }
 
-// admin runs f with Sarama's cluster administration, on connections of its own. Shared ones will not do: who asks while
-// another is opening one is told that it is not connected, and who closes one that has failed cuts off all the others.
+// admin runs f with Sarama's cluster administration, on connections that nobody else uses meanwhile. Shared ones will not
+// do: who asks while another is opening one is told that it is not connected, and who closes one that has failed cuts off
+// all the others. f is run again, on new connections, when old ones fail: they may have been idle for too long.
 func (c *Client) admin(ctx context.Context, f func(sarama.ClusterAdmin) error) error {
 	return c.do(ctx, func() error {
-		a, err := sarama.NewClusterAdmin(c.cfg.Brokers, c.conf)
-		if err != nil {
-			return err
+		for {
+			a, used, err := c.takeAdmin()
+			if err != nil {
+				return err
+			}
+			err = f(a)
+			var refused sarama.KError
+			if err == nil || errors.As(err, &refused) {
+				c.mu.Lock()
+				c.admins = append(c.admins, a)
+				c.mu.Unlock()
+				return err
+			}
+			_ = a.Close() // see discard
+			if !used || ctx.Err() != nil {
+				return err
+			}
 		}
-		defer a.Close() // nothing could be done about an error
-		return f(a)
 	})
 }
+
+// takeAdmin is an administration that is idle, or else a new one.
+func (c *Client) takeAdmin() (a sarama.ClusterAdmin, used bool, err error) {
+	c.mu.Lock()
+	if last := len(c.admins) - 1; last >= 0 {
+		a, c.admins = c.admins[last], c.admins[:last]
+	}
+	c.mu.Unlock()
+	if a != nil {
+		return a, true, nil
+	}
+	// The brokers that are known by now: those to start from need not be there any more.
+	addrs := slices.Clone(c.cfg.Brokers)
+	for _, b := range c.sarama.Brokers() {
+		if !slices.Contains(addrs, b.Addr()) {
+			addrs = append(addrs, b.Addr())
+		}
+	}
+	conf := *c.conf
+	conf.Net.DialTimeout = min(conf.Net.DialTimeout, adminTimeout)
+	conf.Net.ReadTimeout = min(conf.Net.ReadTimeout, adminTimeout)
+	a, err = sarama.NewClusterAdmin(addrs, &conf)
+	return a, false, err
+}
+
+// adminTimeout is after how long a broker that does not answer is given up for another.
+const adminTimeout = 5 * time.Second
 
 // Installation names the topics as they are now: the name changes when one of them is made anew, where the cluster gives
 // topics ids. It is an error when one of them does not exist; brokers that are away are waited for, as Connect does.

@@ -158,22 +158,26 @@ type Snapshot struct {
 // ErrNoRow says that there was no such row.
 var ErrNoRow = errors.New("there is no such row at that moment")
 
-// AsOf is what the rows with the key were at the moment; a nil moment is now. It folds the log in memory. Without a database
-// it does not know of events that an operator gave up, and folds them, too. The key is a stream's id, or the columns of the
-// row's key with slashes between.
-func (e *Engine) AsOf(ctx context.Context, model, key string, at *Moment) (s Snapshot, err error) {
+// AsOf is what the rows with the key were at the moment; a nil moment is now. It folds the log in memory but for the
+// events that were given up, and needs no database. The key is a stream's id, or the columns of the row's key with slashes
+// between.
+func (e *Engine) AsOf(ctx context.Context, model, key string, at *Moment, givenUp []Discarded) (s Snapshot, err error) {
 	m, err := projections.Find(e.Models, model)
 	if err != nil {
 		return s, err
 	}
 	s = Snapshot{Model: m.Name, Key: key, Rows: []map[string]any{}}
-	if err := e.asOf(ctx, m, at, &s); err != nil {
+	leftOut := map[string]bool{}
+	for _, d := range givenUp {
+		leftOut[d.Position] = leftOut[d.Position] || d.Model == m.Name
+	}
+	if err := e.asOf(ctx, m, at, leftOut, &s); err != nil {
 		return s, fmt.Errorf("fold %s of %s: %w", key, m.Name, err)
 	}
 	return s, nil
 }
 
-func (e *Engine) asOf(ctx context.Context, m projections.Model, at *Moment, s *Snapshot) error {
+func (e *Engine) asOf(ctx context.Context, m projections.Model, at *Moment, leftOut map[string]bool, s *Snapshot) error {
 	partitions, err := e.partitionsOf(m, s.Key)
 	if err != nil {
 		return err
@@ -181,16 +185,6 @@ func (e *Engine) asOf(ctx context.Context, m projections.Model, at *Moment, s *S
 	if at != nil {
 		if err := e.resolve(ctx, at); err != nil {
 			return err
-		}
-	}
-	givenUp := map[string]bool{}
-	if e.pool != nil {
-		discarded, err := e.DiscardedEvents(ctx, m.Name)
-		if err != nil {
-			return err
-		}
-		for _, d := range discarded {
-			givenUp[d.Position] = true
 		}
 	}
 	t := &task{model: m}
@@ -210,7 +204,7 @@ func (e *Engine) asOf(ctx context.Context, m projections.Model, at *Moment, s *S
 					return err
 				}
 				last = r.Seq
-				if at != nil && !at.covers(r) || len(givenUp) > 0 && givenUp[r.Position.String()] {
+				if at != nil && !at.covers(r) || len(leftOut) > 0 && leftOut[r.Position.String()] {
 					return nil
 				}
 				event, listens, bad := m.Decode(r)

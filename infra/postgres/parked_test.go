@@ -145,7 +145,11 @@ func TestAPoisonousEventIsParkedAndNothingElse(t *testing.T) {
 	if got := shelves(t, e); got != "CUP 7 , MUG 21 fourth, POT 4 " {
 		t.Errorf("after a replay the shelves are %q", got)
 	}
-	if row, err := e.AsOf(t.Context(), "shelf", "CUP", nil); err != nil || row.Events != 1 {
+	givenUp, err := e.DiscardedEvents(t.Context(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if row, err := e.AsOf(t.Context(), "shelf", "CUP", nil, givenUp); err != nil || row.Events != 1 {
 		t.Errorf("the row by itself: %+v, %v", row, err)
 	}
 }

@@ -138,7 +138,7 @@ func TestARowAsItWas(t *testing.T) {
 	s.tell(orderID(2), orders.Placed{Customer: "D", Total: pounds(7)})
 	e := New(nil, Config{Source: s.reader, Partitions: partitions})
 	status := func(key string, at *Moment) string {
-		snapshot, err := e.AsOf(t.Context(), "orders", key, at)
+		snapshot, err := e.AsOf(t.Context(), "orders", key, at, nil)
 		if err != nil {
 			return err.Error()
 		}
@@ -177,7 +177,7 @@ func TestARowAsItWas(t *testing.T) {
 	if _, err := ParseMoment("yesterday"); err == nil {
 		t.Error("yesterday is a moment")
 	}
-	history, err := e.AsOf(t.Context(), "history", id, moment(placed.String()))
+	history, err := e.AsOf(t.Context(), "history", id, moment(placed.String()), nil)
 	if err != nil || len(history.Rows) != 1 || history.Rows[0]["type"] != "order.placed.v1" {
 		t.Errorf("its history then: %+v, %v", history, err)
 	}
