@@ -103,13 +103,11 @@ type Price struct {
 // OrderID is an order's id in a path: a UUID in any letter case, read as lower case.
 type OrderID string
 
-// Resolve implements huma's validation.
-func (id *OrderID) Resolve(_ huma.Context, path *huma.PathBuffer) []error {
-	u, err := uuid.Parse(string(*id))
-	if err != nil || len(*id) != len(u.String()) {
-		return []error{&huma.ErrorDetail{Location: path.String(), Message: "expected a UUID"}}
+// Resolve implements huma.Resolver: huma has checked the form.
+func (id *OrderID) Resolve(huma.Context, *huma.PathBuffer) []error {
+	if u, err := uuid.Parse(string(*id)); err == nil {
+		*id = OrderID(u.String())
 	}
-	*id = OrderID(u.String())
 	return nil
 }
 

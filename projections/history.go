@@ -101,7 +101,7 @@ type HistoryEntry struct {
 	Position string          `json:"position" doc:"Its place in the public log: topic/partition/count." example:"orders.events/3/17"`
 	Cause    string          `json:"cause" doc:"The position of the event that it was made for; empty when an HTTP command or a deadline made it."`
 	Data     json.RawMessage `json:"data,omitempty" doc:"As recorded. Missing when it cannot be read."`
-	Stale    bool            `json:"stale,omitempty" doc:"True while later events of the order could not be applied, and are missing here."`
+	Stale    bool            `json:"stale,omitempty" doc:"True while events of the order could not be applied, and are missing here."`
 
 	position domain.Position
 }

@@ -181,15 +181,6 @@ func invalid(location, message string) error {
 // OrderID is an order's id in a path: a UUID in any letter case.
 type OrderID string
 
-// Resolve implements huma's validation.
-func (id *OrderID) Resolve(_ huma.Context, path *huma.PathBuffer) []error {
-	u, err := uuid.Parse(string(*id))
-	if err != nil || len(*id) != len(u.String()) {
-		return []error{&huma.ErrorDetail{Location: path.String(), Message: "expected a UUID"}}
-	}
-	return nil
-}
-
 // Schema implements huma's documentation.
 func (OrderID) Schema(huma.Registry) *huma.Schema {
 	// A pattern rather than the format "uuid", whose error would repeat part of the value.
@@ -199,7 +190,7 @@ func (OrderID) Schema(huma.Registry) *huma.Schema {
 	return s
 }
 
-// UUID is the id that Resolve has checked.
+// UUID is the id, whose form huma has checked.
 func (id OrderID) UUID() uuid.UUID { return uuid.MustParse(string(id)) }
 
 // sku is a SKU in a path.

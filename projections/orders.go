@@ -103,7 +103,7 @@ type Order struct {
 	Version   int64         `json:"version"`
 	PlacedAt  time.Time     `json:"placed_at"`
 	UpdatedAt time.Time     `json:"updated_at"`
-	Stale     bool          `json:"stale,omitempty" doc:"True while events of it could not be applied: this is how it was before them."`
+	Stale     bool          `json:"stale,omitempty" doc:"True while events of it could not be applied: this is how it is without them, and what came after them on their stream."`
 }
 
 // orderWithLines is an Order as a query answers it: with its lines as they are stored.

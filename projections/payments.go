@@ -54,7 +54,7 @@ type Payment struct {
 	Pending    domain.Money    `json:"pending" doc:"Refunds that are asked for and not answered."`
 	Version    int64           `json:"version"`
 	Movements  []Movement      `json:"movements" doc:"Every event of the payment, oldest first."`
-	Stale      bool            `json:"stale,omitempty" doc:"True while events of it could not be applied: this is how it was before them."`
+	Stale      bool            `json:"stale,omitempty" doc:"True while events of it could not be applied: this is how it is without them, and what came after them on their stream."`
 }
 
 // Movement is an event of a payment. Fields that its kind of event does not have are missing, but for the postings,

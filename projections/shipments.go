@@ -49,7 +49,7 @@ type Shipment struct {
 	Carrier  string          `json:"carrier" doc:"Empty until it is dispatched."`
 	Tracking string          `json:"tracking" doc:"Empty until it is dispatched."`
 	Version  int64           `json:"version"`
-	Stale    bool            `json:"stale,omitempty" doc:"True while events of it could not be applied: this is how it was before them."`
+	Stale    bool            `json:"stale,omitempty" doc:"True while events of it could not be applied: this is how it is without them, and what came after them on their stream."`
 }
 
 const selectShipments = "SELECT order_id, status, carrier, tracking, version, stale FROM wharf_read.shipments"

@@ -67,7 +67,7 @@ type BuildStatus struct {
 	Error      string  `json:"error,omitempty" doc:"Why it is halted."`
 	LastError  string  `json:"last_error,omitempty" doc:"What went wrong last, and passed; with the time."`
 
-	Verified *Verified      `json:"verified,omitempty" doc:"What the last verification of this build found, if there was one."`
+	Verified *Verified      `json:"verified,omitempty" doc:"What the last verification of this build found, if there was one; a replay whose rows are those of the build before is one."`
 	Previous *PreviousBuild `json:"previous,omitempty" doc:"The build that was live before, as long as a rollback to it is possible."`
 
 	keepUntil *time.Time

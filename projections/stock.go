@@ -62,7 +62,7 @@ type StockItem struct {
 	Reserved  int64  `json:"reserved"`
 	Shipped   int64  `json:"shipped"`
 	Version   int64  `json:"version"`
-	Stale     bool   `json:"stale,omitempty" doc:"True while events of it could not be applied: this is how it was before them."`
+	Stale     bool   `json:"stale,omitempty" doc:"True while events of it could not be applied: this is how it is without them, and what came after them on their stream."`
 }
 
 const selectStock = "SELECT sku, received, adjusted, available, reserved, shipped, version, stale FROM wharf_read.stock"

@@ -63,7 +63,11 @@ func (c *parkedListCmd) Run(ctx context.Context) error {
 		}
 		for _, p := range policies {
 			for _, e := range p.Parked {
-				fmt.Printf("policies of %s: stream %s waits at %s, and is tried again. %s\n", p.Service, e.Stream, e.Position, e.Halted)
+				if e.Halted != "" {
+					fmt.Printf("policies of %s: all of the partition waits at %s: %s\n", p.Service, e.Position, e.Halted)
+				} else {
+					fmt.Printf("policies of %s: stream %s waits at %s, and is tried again\n", p.Service, e.Stream, e.Position)
+				}
 			}
 		}
 		if len(list) == 0 {
@@ -92,10 +96,13 @@ type parkedEventArgs struct {
 
 func (a parkedEventArgs) check() error {
 	_, err := modelsOf([]string{a.Model})
-	if err == nil {
-		_, err = momentOf("the position", &a.Position)
+	if err != nil {
+		return err
 	}
-	return err
+	if m, err := postgres.ParseMoment(a.Position); err != nil || m.Position.Topic == "" {
+		return usageError(fmt.Sprintf("%q is no position such as orders.events/3/17", a.Position))
+	}
+	return nil
 }
 
 type parkedShowCmd struct{ parkedEventArgs }

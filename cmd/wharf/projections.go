@@ -104,7 +104,11 @@ func (f *storesFlag) withEngine(
 	if err := engine.Check(ctx); err != nil {
 		return err
 	}
-	return f.whileKafka(ctx, client, func(ctx context.Context) error { return do(ctx, client, engine) })
+	err = f.whileKafka(ctx, client, func(ctx context.Context) error { return do(ctx, client, engine) })
+	if postgres.Gone(err) {
+		err = fmt.Errorf("the database has gone away, and the live read models are as they were: run it again when it is back (%w)", err)
+	}
+	return err
 }
 
 // openTimeout is how long an operation waits for the database.
@@ -164,6 +168,9 @@ func (c *projectionsCmd) Run(ctx context.Context) error {
 	for _, b := range status.Items {
 		if b.Error != "" {
 			fmt.Fprintf(w, "\n%s is halted: %s\n", b.Name, b.Error)
+		}
+		if b.Skipped > 0 {
+			fmt.Fprintf(w, "\n%s has left out what nobody can read: %d records\n", b.Name, b.Skipped)
 		}
 		if b.LastError != "" {
 			fmt.Fprintf(w, "\n%s had trouble, last at %s\n", b.Name, b.LastError)

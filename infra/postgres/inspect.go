@@ -266,6 +266,9 @@ func (e *Engine) asOf(ctx context.Context, m projections.Model, at *Moment, left
 		}
 		s.Rows = append(s.Rows, row)
 	}
+	if len(s.Rows) == 0 && at == nil {
+		return errors.New("there is no such row")
+	}
 	if len(s.Rows) == 0 {
 		return ErrNoRow
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strconv"
 	"time"
@@ -20,11 +21,13 @@ import (
 
 // How an event that cannot be applied is kept from stopping the others, and from being lost.
 //
-// It is parked, with its error, and so is every later event that has a key in common with one that is parked: its
-// stream, or a row that it touches. So the order of events is kept within a stream and within a row, and everything else
-// goes on. The parked events and the task's position move in one transaction. Rows that miss an event are stale, which
-// their view says. A repair (RetryParked) applies the events in their order, after the program was mended;
-// DiscardParked gives one up, in this build and every later one.
+// It is parked, with its error, and so is every later event of its topic that has a key in common with one that is parked:
+// its stream, or a row that it touches. So the order of events is kept within a stream and within a row, and everything
+// else goes on, events of the same row from other topics included: between topics there is no order, and what is parked
+// must not depend on how they were read, or a replay would park other events than the live build did. The parked events and
+// the task's position move in one transaction. Rows that miss an event are stale, which their view says. A repair
+// (RetryParked) applies the events in their order, after the program was mended; DiscardParked gives one up, in this build
+// and every later one.
 
 var parkedEvents = promauto.NewGaugeVec(prometheus.GaugeOpts{
 	Name: "wharf_projection_parked_events",
@@ -33,7 +36,7 @@ var parkedEvents = promauto.NewGaugeVec(prometheus.GaugeOpts{
 
 // parked is the parked events of a task.
 type parked struct {
-	keys  map[string]bool // what is waited for
+	keys  map[topicKey]bool // what is waited for
 	count int
 	fresh []parkedEvent // not yet stored
 	gauge prometheus.Gauge
@@ -44,6 +47,9 @@ type parkedEvent struct {
 	keys  []string
 	err   string
 }
+
+// topicKey is a key of parked events of a topic.
+type topicKey struct{ topic, key string }
 
 // place is an event's in the topics of a task.
 type place struct {
@@ -83,7 +89,7 @@ func (p *parked) behind(m projections.Model, event touch) bool {
 	if p.count == 0 {
 		return false
 	}
-	return slices.ContainsFunc(keysOfParked(m, event), func(key string) bool { return p.keys[key] })
+	return slices.ContainsFunc(keysOfParked(m, event), func(key string) bool { return p.keys[topicKey{event.Topic, key}] })
 }
 
 // park puts the event aside: for its error, or because it has to wait.
@@ -98,18 +104,22 @@ func (t *task) park(event touch) error {
 	e := parkedEvent{event.Recorded, keysOfParked(t.model, event), ""}
 	if event.err != nil {
 		e.err = event.err.Error()
-		t.log.Error("an event cannot be applied and is parked: what comes after it on the same stream or row waits",
+		level := slog.LevelError
+		if t.bulk { // a comparison with the live build tells of it
+			level = slog.LevelDebug
+		}
+		t.log.Log(context.Background(), level, "an event cannot be applied and is parked: what comes after it on the same stream or row waits",
 			"event", event.Position.String(), "name", event.Name, "stream", event.Stream, "err", event.err)
 	}
-	t.parked.add(e.keys)
+	t.parked.add(event.Topic, e.keys)
 	t.parked.fresh = append(t.parked.fresh, e)
 	return nil
 }
 
-func (p *parked) add(keys []string) {
+func (p *parked) add(topic string, keys []string) {
 	p.count++
 	for _, key := range keys {
-		p.keys[key] = true
+		p.keys[topicKey{topic, key}] = true
 	}
 	if p.gauge != nil {
 		p.gauge.Set(float64(p.count))
@@ -133,13 +143,14 @@ func (p *parked) stored() { p.fresh = nil }
 
 // loadParked reads what is parked of the task, and what was given up of the model.
 func (t *task) loadParked(ctx context.Context) error {
-	t.parked = parked{keys: map[string]bool{}, gauge: t.parked.gauge}
-	rows, err := t.pool.Query(ctx, "SELECT keys FROM wharf.parked WHERE build = $1 AND partition = $2", t.build.id, t.partition)
+	t.parked = parked{keys: map[topicKey]bool{}, gauge: t.parked.gauge}
+	rows, err := t.pool.Query(ctx, "SELECT topic, keys FROM wharf.parked WHERE build = $1 AND partition = $2", t.build.id, t.partition)
 	if err != nil {
 		return err
 	}
+	var topic string
 	var keys []string
-	if _, err := pgx.ForEachRow(rows, []any{&keys}, func() error { t.parked.add(keys); return nil }); err != nil {
+	if _, err := pgx.ForEachRow(rows, []any{&topic, &keys}, func() error { t.parked.add(topic, keys); return nil }); err != nil {
 		return err
 	}
 	t.discarded = map[place]bool{}
@@ -147,7 +158,6 @@ func (t *task) loadParked(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	var topic string
 	var seq int64
 	_, err = pgx.ForEachRow(rows, []any{&topic, &seq}, func() error {
 		if i := slices.Index(t.model.Topics, topic); i >= 0 {
@@ -186,13 +196,13 @@ func (t *task) showParked() (end func()) {
 	return func() { parkedEvents.DeleteLabelValues(labels...) }
 }
 
-// Parked lists what waits of the live and previous builds, those of one model if it is named, in the order in which the
-// events came.
+// Parked lists what waits of the live build and then of the previous one, those of one model if it is named, in the order
+// in which the events came.
 func (e *Engine) Parked(ctx context.Context, model string) ([]ParkedEvent, error) {
 	rows, err := e.pool.Query(ctx, `SELECT b.model, b.id, b.state, k.topic || '/' || k.partition || '/' || k.seq,
 			k.keys, k.error, k.parked_at, k.event
 		FROM wharf.parked k JOIN wharf.builds b ON b.id = k.build
-		WHERE b.state IN ('live', 'previous') AND ($1 = '' OR b.model = $1) ORDER BY b.model, b.id, k.partition, k.nr`, model)
+		WHERE b.state IN ('live', 'previous') AND ($1 = '' OR b.model = $1) ORDER BY b.model, b.state, k.partition, k.nr`, model)
 	if err != nil {
 		return nil, fmt.Errorf("list the parked events: %w", err)
 	}
@@ -244,23 +254,34 @@ type Repaired struct {
 }
 
 // RetryParked tries the model's parked events again, in their order, on the live build and the previous one: all of
-// them, or those with the key (a stream, or the text of a row's key). One that fails again stays, and so does what waits
-// for it. It needs a program that knows the builds' version, and works whether projectors run or not.
-func (e *Engine) RetryParked(ctx context.Context, model, key string) (sum Repaired, err error) {
-	err = e.eachParked(ctx, model, func(m projections.Model, b build, partition int32) error {
-		one, err := e.repair(ctx, m, b, partition, key)
-		sum.Applied += one.Applied
-		sum.Waiting += one.Waiting
+// them, or those with the key (a stream, or the text of a row's key), of which there has to be one. One that fails again
+// stays, and so does what waits for it. The result is the live build's, or the previous one's if nothing waits in that. It
+// needs a program that knows the builds' version, and works whether projectors run or not.
+func (e *Engine) RetryParked(ctx context.Context, model, key string) (Repaired, error) {
+	done := map[string]Repaired{}
+	tried := 0
+	err := e.eachParked(ctx, model, func(m projections.Model, b build, partition int32) error {
+		one, n, err := e.repair(ctx, m, b, partition, key)
+		sum := done[b.state]
+		done[b.state] = Repaired{sum.Applied + one.Applied, sum.Waiting + one.Waiting}
+		tried += n
 		return err
 	})
+	if err == nil && key != "" && tried == 0 {
+		err = fmt.Errorf("%w: nothing that waits has the key %s", ErrNotParked, key)
+	}
+	sum := done[live]
+	if sum == (Repaired{}) {
+		sum = done[previous]
+	}
 	if err != nil {
 		return sum, fmt.Errorf("retry the parked events of %s: %w", model, err)
 	}
 	return sum, nil
 }
 
-// ErrNotParked says that no parked event is at that position.
-var ErrNotParked = errors.New("no event is parked at that position")
+// ErrNotParked says that no such event is parked.
+var ErrNotParked = errors.New("no such event is parked")
 
 // DiscardParked gives up the parked event at the position: no build of the model ever applies it. What waited for it
 // waits until it is retried.
@@ -351,11 +372,11 @@ func touchTask(ctx context.Context, tx pgx.Tx, b build, partition int32) error {
 	return err
 }
 
-// repair applies what can be applied of one task's parked events.
-func (e *Engine) repair(ctx context.Context, m projections.Model, b build, partition int32, key string) (done Repaired, err error) {
+// repair applies what can be applied of one task's parked events, and says how many were tried.
+func (e *Engine) repair(ctx context.Context, m projections.Model, b build, partition int32, key string) (done Repaired, tried int, err error) {
 	t, err := e.load(ctx, e.pool, m, b, partition)
 	if err != nil {
-		return done, err
+		return done, 0, err
 	}
 	err = pgx.BeginFunc(ctx, e.pool, func(tx pgx.Tx) error {
 		if err := touchTask(ctx, tx, b, partition); err != nil {
@@ -380,7 +401,7 @@ func (e *Engine) repair(ctx context.Context, m projections.Model, b build, parti
 		if err != nil {
 			return err
 		}
-		t.parked = parked{keys: map[string]bool{}, gauge: t.parked.gauge}
+		t.parked = parked{keys: map[topicKey]bool{}, gauge: t.parked.gauge}
 		for _, w := range list {
 			if i := slices.Index(m.Topics, w.event.Topic); t.discarded[place{i, w.event.Seq}] {
 				if err := t.unpark(ctx, tx, w.event); err != nil {
@@ -389,9 +410,10 @@ func (e *Engine) repair(ctx context.Context, m projections.Model, b build, parti
 				continue
 			}
 			if key != "" && !slices.Contains(w.keys, key) {
-				t.parked.add(w.keys) // left alone, and waited for
+				t.parked.add(w.event.Topic, w.keys) // left alone, and waited for
 				continue
 			}
+			tried++
 			applied, err := t.retry(ctx, tx, w.event)
 			if err != nil {
 				return err
@@ -403,7 +425,7 @@ func (e *Engine) repair(ctx context.Context, m projections.Model, b build, parti
 		done.Waiting = int64(t.parked.count)
 		return nil
 	})
-	return done, err
+	return done, tried, err
 }
 
 // retry applies one parked event, if nothing before it is parked still, or writes down why it cannot be applied.

@@ -71,10 +71,11 @@ type Difference struct {
 func (d Difference) String() string {
 	text := d.Key + ": " + strings.ReplaceAll(d.Kind, "_", " ")
 	for i, c := range d.Columns {
-		if i > 0 {
-			text += ","
+		separator := ","
+		if i == 0 {
+			separator = ":"
 		}
-		text += fmt.Sprintf(" %s is %q in the live build and %q in the fold", c, d.Live[c], d.Fold[c])
+		text += separator + fmt.Sprintf(" %s is %q in the live build and %q in the fold", c, d.Live[c], d.Fold[c])
 	}
 	return text
 }
@@ -202,9 +203,12 @@ func (e *Engine) verify(ctx context.Context, m projections.Model, pace int, prog
 	if err := r.abandon(ctx); err != nil { // the next sweep drops it
 		e.Logger.Warn("the build of a verification could not be dropped", "model", m.Name, "err", err)
 	}
-	_, err = r.conn.Exec(ctx, "UPDATE wharf.builds SET verified_at = now(), differences = $2 WHERE id = $1", c.Build, c.Differences()+c.Unapplied)
+	_, err = r.conn.Exec(ctx, verified, c.Build, c.Differences()+c.Unapplied)
 	return c, err
 }
+
+// verified writes down how many differences a build was found to have.
+const verified = "UPDATE wharf.builds SET verified_at = now(), differences = $2 WHERE id = $1"
 
 // verifyNowAndThen verifies all read models again and again, one after the other, if one is to. Of several engines on
 // one database one does so.
