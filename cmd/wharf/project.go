@@ -32,6 +32,7 @@ func (c *projectCmd) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	named := c.DatabaseURL != ""
 	if len(c.KafkaBrokers) == 0 {
 		if err := c.resolve(); err != nil {
 			return err
@@ -43,6 +44,9 @@ func (c *projectCmd) Run(ctx context.Context) error {
 	}
 	defer client.Close()
 	givenUp, err := c.givenUp(ctx)
+	if err != nil && named {
+		return err
+	}
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "events that were given up, if there are any, count here: %v\n", err)
 	}

@@ -61,7 +61,7 @@ const kafkaPatience = 30 * time.Second
 func (f *storesFlag) whileKafka(ctx context.Context, client *kafka.Client, do func(context.Context) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	gone := fmt.Errorf("the brokers at %s have not answered for %s, and nothing was changed: run it again when they do",
+	gone := fmt.Errorf("the brokers at %s have not answered for %s, and what was done until then stays: run it again when they do",
 		strings.Join(f.KafkaBrokers, ","), kafkaPatience)
 	go func() {
 		for answered := time.Now(); ctx.Err() == nil; time.Sleep(time.Second) {
@@ -105,8 +105,13 @@ func (f *storesFlag) withEngine(
 		return err
 	}
 	err = f.whileKafka(ctx, client, func(ctx context.Context) error { return do(ctx, client, engine) })
-	if postgres.Gone(err) {
-		err = fmt.Errorf("the database has gone away, and the live read models are as they were: run it again when it is back (%w)", err)
+	if err == nil || ctx.Err() != nil {
+		return err
+	}
+	asking, enough := context.WithTimeout(ctx, 2*time.Second)
+	defer enough()
+	if engine.Ping(asking) != nil {
+		err = fmt.Errorf("the database has gone away: what was done until then stays, run it again when it is back (%w)", err)
 	}
 	return err
 }

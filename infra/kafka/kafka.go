@@ -181,9 +181,7 @@ func (c *Client) Close() error {
 	for _, b := range c.conns {
 		_ = b.Close() // ErrNotConnected, or nothing that could be done about it
 	}
-	for _, a := range c.admins {
-		_ = a.Close()
-	}
+	c.closeAdmins()
 	if err := errors.Join(c.pub.Close(), c.sarama.Close()); err != nil {
 		return fmt.Errorf("close the Kafka client: %w", err)
 	}

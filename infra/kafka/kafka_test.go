@@ -280,7 +280,7 @@ func TestTheAddressToStartFromMayGo(t *testing.T) {
 			}
 		}
 	})
-	c := connectWith(t, Config{Brokers: []string{door.Addr().String()}, readTimeout: 200 * time.Millisecond})
+	c := connectWith(t, Config{Brokers: []string{door.Addr().String()}, readTimeout: 10 * time.Second})
 	spec := TopicSpec{Name: topic(t, c, 1), Partitions: 1}
 	_ = door.Close()
 	mu.Lock()
@@ -291,12 +291,7 @@ func TestTheAddressToStartFromMayGo(t *testing.T) {
 	open.Wait()
 	ask := func(when string) {
 		for range 5 {
-			c.mu.Lock()
-			for _, a := range c.admins {
-				_ = a.Close() // so that it takes new ones
-			}
-			c.admins = nil
-			c.mu.Unlock()
+			c.closeAdmins() // so that it takes new ones
 			if err := c.CheckTopics(t.Context(), []TopicSpec{spec}); err != nil {
 				t.Errorf("%s: %v", when, err)
 			}

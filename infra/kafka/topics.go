@@ -309,28 +309,39 @@ func (c *Client) GroupLag(ctx context.Context, group string, topics []string) (l
 
 // admin runs f with Sarama's cluster administration, on connections that nobody else uses meanwhile. Shared ones will not
 // do: who asks while another is opening one is told that it is not connected, and who closes one that has failed cuts off
-// all the others. f is run again, on new connections, when old ones fail: they may have been idle for too long.
+// all the others. When old connections fail, f is run once more on new ones: they may have been idle for too long.
 func (c *Client) admin(ctx context.Context, f func(sarama.ClusterAdmin) error) error {
 	return c.do(ctx, func() error {
-		for {
-			a, used, err := c.takeAdmin()
-			if err != nil {
+		a, used, err := c.takeAdmin()
+		if err != nil {
+			return err
+		}
+		err = f(a)
+		if used && unanswered(err) && ctx.Err() == nil {
+			_ = a.Close() // see discard
+			c.closeAdmins()
+			if a, err = c.newAdmin(); err != nil {
 				return err
 			}
 			err = f(a)
-			var refused sarama.KError
-			if err == nil || errors.As(err, &refused) {
-				c.mu.Lock()
-				c.admins = append(c.admins, a)
-				c.mu.Unlock()
-				return err
-			}
-			_ = a.Close() // see discard
-			if !used || ctx.Err() != nil {
-				return err
-			}
 		}
+		c.mu.Lock()
+		keep := !unanswered(err) && len(c.admins) < idleAdmins
+		if keep {
+			c.admins = append(c.admins, a)
+		}
+		c.mu.Unlock()
+		if !keep {
+			_ = a.Close()
+		}
+		return err
 	})
+}
+
+// unanswered says that the error is none of a broker's answers.
+func unanswered(err error) bool {
+	var refused sarama.KError
+	return err != nil && !errors.As(err, &refused)
 }
 
 // takeAdmin is an administration that is idle, or else a new one.
@@ -343,22 +354,39 @@ func (c *Client) takeAdmin() (a sarama.ClusterAdmin, used bool, err error) {
 	if a != nil {
 		return a, true, nil
 	}
-	// The brokers that are known by now: those to start from need not be there any more.
-	addrs := slices.Clone(c.cfg.Brokers)
-	for _, b := range c.sarama.Brokers() {
-		if !slices.Contains(addrs, b.Addr()) {
+	a, err = c.newAdmin()
+	return a, false, err
+}
+
+// newAdmin starts from the brokers that are known by now: the addresses of Config need not answer any more.
+func (c *Client) newAdmin() (sarama.ClusterAdmin, error) {
+	addrs := c.cfg.Brokers
+	if known := c.sarama.Brokers(); len(known) > 0 {
+		addrs = nil
+		for _, b := range known {
 			addrs = append(addrs, b.Addr())
 		}
 	}
 	conf := *c.conf
-	conf.Net.DialTimeout = min(conf.Net.DialTimeout, adminTimeout)
+	conf.Metadata.Timeout = 0 // all of them are asked, however long one takes
 	conf.Net.ReadTimeout = min(conf.Net.ReadTimeout, adminTimeout)
-	a, err = sarama.NewClusterAdmin(addrs, &conf)
-	return a, false, err
+	return sarama.NewClusterAdmin(addrs, &conf)
 }
 
-// adminTimeout is after how long a broker that does not answer is given up for another.
-const adminTimeout = 5 * time.Second
+func (c *Client) closeAdmins() {
+	c.mu.Lock()
+	idle := c.admins
+	c.admins = nil
+	c.mu.Unlock()
+	for _, a := range idle {
+		_ = a.Close()
+	}
+}
+
+const (
+	adminTimeout = 4 * time.Second // after which a broker that does not answer is given up for another
+	idleAdmins   = 4
+)
 
 // Installation names the topics as they are now: the name changes when one of them is made anew, where the cluster gives
 // topics ids. It is an error when one of them does not exist; brokers that are away are waited for, as Connect does.
@@ -377,8 +405,9 @@ func (c *Client) Installation(ctx context.Context, topics []string) (name string
 	return name, nil
 }
 
-func (c *Client) identify(ctx context.Context, topics []string) (name string, err error) {
-	err = c.admin(ctx, func(a sarama.ClusterAdmin) error {
+func (c *Client) identify(ctx context.Context, topics []string) (string, error) {
+	var name string
+	err := c.admin(ctx, func(a sarama.ClusterAdmin) error {
 		found, err := a.DescribeTopics(topics)
 		if err != nil {
 			return err
@@ -394,7 +423,10 @@ func (c *Client) identify(ctx context.Context, topics []string) (name string, er
 		name = strings.Join(ids, ",")
 		return nil
 	})
-	return name, err
+	if err != nil {
+		return "", err // and name may still be written to
+	}
+	return name, nil
 }
 
 // Partitions is how many partitions the topic has.

@@ -90,6 +90,9 @@ func (e *Engine) migrate(ctx context.Context) error {
 		if !busy || retry.tries == swapTries || !retry.sleep(ctx) {
 			return err
 		}
+		if retry.tries == 4 {
+			e.Logger.Warn("the engine's tables are in use and cannot be brought up to date yet: it is tried again", "err", err)
+		}
 	}
 }
 

@@ -106,6 +106,9 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 // oldest is the oldest Postgres that will do, as server_version_num counts.
 const oldest = 15_00_00
 
+// Ping says whether the database answers.
+func (e *Engine) Ping(ctx context.Context) error { return e.pool.Ping(ctx) }
+
 // Check says what is wrong with the database for an operation on read models that are there: it is too old, read-only, or
 // no projector has set it up yet.
 func (e *Engine) Check(ctx context.Context) error {
@@ -444,10 +447,8 @@ func (e *Engine) upgrade(ctx context.Context) {
 				if err != nil && !errors.Is(err, ErrReplaying) && ctx.Err() == nil {
 					e.Logger.Error("building a read model anew failed, and is tried again", "model", m.Name, "err", err)
 				}
-				if err == nil {
-					err = e.look(ctx)
-				}
-				if err != nil && !retry.sleep(ctx) {
+				// Also after an error: the answer to a swap may have been lost.
+				if err = errors.Join(err, e.look(ctx)); err != nil && !retry.sleep(ctx) {
 					return
 				}
 			}

@@ -23,6 +23,7 @@ func TestAMigrationAndQueriesDoNotGetInEachOthersWay(t *testing.T) {
 			t.Fatal(err)
 		}
 		db := stdlib.OpenDBFromPool(pool)
+		t.Cleanup(func() { _ = db.Close() })
 		old, err := goose.NewProvider(goose.DialectPostgres, db, files, goose.WithTableName("wharf.migrations"), goose.WithDisableGlobalRegistry(true))
 		if err == nil {
 			_, err = old.UpTo(t.Context(), 2)
@@ -36,6 +37,7 @@ func TestAMigrationAndQueriesDoNotGetInEachOthersWay(t *testing.T) {
 		}
 		ctx, enough := context.WithCancel(t.Context())
 		var all sync.WaitGroup
+		t.Cleanup(func() { enough(); all.Wait(); query.Close() })
 		var asked atomic.Int64
 		for range 3 {
 			all.Go(func() {
@@ -49,12 +51,10 @@ func TestAMigrationAndQueriesDoNotGetInEachOthersWay(t *testing.T) {
 			})
 		}
 		eventually(t, "queries are under way", func() bool { return asked.Load() > 20 })
-		if err := newEngine(t, pool, newShop()).migrate(t.Context()); err != nil {
+		if err := New(pool, Config{}).migrate(t.Context()); err != nil {
 			t.Error(err)
 		}
 		enough()
 		all.Wait()
-		query.Close()
-		_ = db.Close()
 	}
 }

@@ -105,7 +105,7 @@ func (t *task) park(event touch) error {
 	if event.err != nil {
 		e.err = event.err.Error()
 		level := slog.LevelError
-		if t.bulk { // a comparison with the live build tells of it
+		if t.quiet {
 			level = slog.LevelDebug
 		}
 		t.log.Log(context.Background(), level, "an event cannot be applied and is parked: what comes after it on the same stream or row waits",
@@ -403,17 +403,20 @@ func (e *Engine) repair(ctx context.Context, m projections.Model, b build, parti
 		}
 		t.parked = parked{keys: map[topicKey]bool{}, gauge: t.parked.gauge}
 		for _, w := range list {
+			meant := key == "" || slices.Contains(w.keys, key)
+			if meant {
+				tried++
+			}
 			if i := slices.Index(m.Topics, w.event.Topic); t.discarded[place{i, w.event.Seq}] {
 				if err := t.unpark(ctx, tx, w.event); err != nil {
 					return err
 				}
 				continue
 			}
-			if key != "" && !slices.Contains(w.keys, key) {
+			if !meant {
 				t.parked.add(w.event.Topic, w.keys) // left alone, and waited for
 				continue
 			}
-			tried++
 			applied, err := t.retry(ctx, tx, w.event)
 			if err != nil {
 				return err

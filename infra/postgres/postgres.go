@@ -11,17 +11,12 @@ package postgres
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io"
 	"log/slog"
-	"strings"
-	"syscall"
 	"time"
 
 	"github.com/exaring/otelpgx"
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 	pgxuuid "github.com/vgarvardt/pgx-google-uuid/v5"
 )
@@ -44,16 +39,6 @@ func Open(ctx context.Context, url string) (*pgxpool.Pool, error) {
 		c.ConnConfig.RuntimeParams["synchronous_commit"] = "off"
 		c.ConnConfig.RuntimeParams["idle_in_transaction_session_timeout"] = idleTimeout
 	})
-}
-
-// Gone says whether the error is that of a database that went away, or is not there yet.
-func Gone(err error) bool {
-	var connect *pgconn.ConnectError
-	var pg *pgconn.PgError
-	if errors.As(err, &pg) {
-		return strings.HasPrefix(pg.Code, "57P") || strings.HasPrefix(pg.Code, "08")
-	}
-	return errors.As(err, &connect) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET)
 }
 
 // OpenQuery connects to the database for queries, as the role wharf_query, which the user of the URL must be or be a

@@ -118,12 +118,15 @@ func (e *Engine) replay(ctx context.Context, m projections.Model, o ReplayOption
 		err = r.keepAside(ctx)
 	} else {
 		r.tell(PhaseSwapping)
-		if err = r.readOn(ctx); err == nil {
+		if c.Same() && c.Version == m.Version { // made twice, with one result
+			_, err = r.conn.Exec(ctx, verified, r.build.id, 0)
+		}
+		if err == nil {
+			err = r.readOn(ctx)
+		}
+		if err == nil {
 			err = r.swap(ctx)
 		}
-	}
-	if err == nil && c.Same() && !o.NoSwap { // made twice, with one result
-		_, err = r.conn.Exec(ctx, verified, r.build.id, 0)
 	}
 	if err != nil {
 		return err
@@ -319,6 +322,7 @@ type replay struct {
 	conn  *pgxpool.Conn
 	tasks []*task
 	pace  pacer
+	quiet bool // about what is parked: a verification's is not for long
 
 	mu       sync.Mutex
 	report   Progress
@@ -335,6 +339,7 @@ func (r *replay) load(ctx context.Context) error {
 			return err
 		}
 		t.moved = func(records, _ int64) { r.moved(ctx, records) }
+		t.quiet = r.quiet
 		r.tasks = append(r.tasks, t)
 	}
 	return nil

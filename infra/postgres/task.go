@@ -37,6 +37,7 @@ type task struct {
 	partition int32
 	limits    limits
 	bulk      bool // fills a build that nobody reads yet: rows stay in memory until there are many
+	quiet     bool // parks in silence
 
 	turns *semaphore.Weighted // of those that share the model's; nil for an operation, which others may be waiting for
 

@@ -22,7 +22,7 @@ ALTER TABLE wharf.tasks
     ADD COLUMN trouble text NOT NULL DEFAULT ''; -- the last error that passed
 
 -- Events that were not applied, in the order in which they came. A key is a stream's id or the text of a row's key; an
--- event waits for all events with one of its keys that came before it.
+-- event waits for all events of its topic with one of its keys that came before it.
 CREATE TABLE wharf.parked (
     build     bigint NOT NULL REFERENCES wharf.builds ON DELETE CASCADE,
     partition int NOT NULL,
