@@ -71,7 +71,8 @@ func (r *Reader) place(ctx context.Context, s *reading, refresh bool) error {
 		return err
 	}
 	// A fetch names its topic, and would go on in another one of that name. But whoever reads waits for an answer
-	// nearly all the time, and gets an error when the topic is deleted; that leads here.
+	// nearly all the time, and gets an error when the topic is deleted; that leads here. (What is made anew between two
+	// requests is noticed by the look that fetch takes once a second.)
 	if err := r.c.sameTopic(ctx, addr, r.topic); err != nil {
 		return err
 	}
@@ -166,6 +167,9 @@ func (r *Reader) fetch(n *node, lane int) {
 		resp, err := conn.Fetch(req)
 		if err == nil && resp.ErrorCode != 0 {
 			err = sarama.KError(resp.ErrorCode)
+		}
+		if err == nil && !r.c.lately(r.topic) {
+			err = r.c.sameTopic(n.ctx, n.addr, r.topic)
 		}
 		r.share(n, lane, resp, err, names)
 	}

@@ -51,15 +51,16 @@ const staleIdentity = time.Second
 
 // recognise is a *MadeAnewError if the topic is not the one that this Client knows by the name.
 func (c *Client) recognise(topic string, id sarama.Uuid) error {
-	if id == (sarama.Uuid{}) {
-		return nil // of a cluster that gives none
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	known, ok := c.known[topic]
-	if ok && known.id != id {
+	none := sarama.Uuid{} // of a cluster that gives no ids
+	known := c.known[topic]
+	if known.id != none && id != none && known.id != id {
 		c.known[topic] = identity{id: known.id}
 		return &MadeAnewError{topic, known.id.String(), id.String()}
+	}
+	if id == none {
+		id = known.id
 	}
 	c.known[topic] = identity{id, time.Now()}
 	return nil

@@ -159,6 +159,22 @@ func TestATopicMadeAnew(t *testing.T) {
 	}
 }
 
+// A topic that was made anew between two requests of a reader is noticed a second later, though no request fails.
+func TestATopicMadeAnewBetweenTwoRequests(t *testing.T) {
+	c := connect(t, brokers(t))
+	spec := TopicSpec{topic(t, c, 1), 1, 1}
+	appendAll(t, c.PublicLog(spec.Name), 0, numbered(0, 0, 1))
+	reads, reading := make(chan struct{}), make(chan error)
+	go func() {
+		reading <- c.Reader(spec.Name).Read(bounded(t), 0, 0, func(journal.Batch) error { close(reads); return nil })
+	}()
+	<-reads
+	c.mu.Lock()
+	c.known[spec.Name] = identity{id: sarama.Uuid{1}} // as if it had been another
+	c.mu.Unlock()
+	wantProblem(t, <-reading, spec.Name, "made anew", "restore it")
+}
+
 // A publisher that has had nothing to do for a while finds out before it appends.
 func TestAppendToATopicMadeAnew(t *testing.T) {
 	addrs := brokers(t)
