@@ -132,12 +132,7 @@ func TestGroupOwnsWhatAllTopicsHave(t *testing.T) {
 
 // The broker loses the group's state and cuts connections: the member comes back.
 func TestGroupSurvivesFaults(t *testing.T) {
-	onlyFake(t)
-	cluster, err := kfake.NewCluster(kfake.NumBrokers(1), kfake.GroupMinSessionTimeout(1))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(cluster.Close)
+	cluster := fake(t, kfake.NumBrokers(1), kfake.GroupMinSessionTimeout(1))
 	c := connect(t, cluster.ListenAddrs())
 	name := topic(t, c, 2)
 	o := newOwners(t)

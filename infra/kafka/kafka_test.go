@@ -63,13 +63,19 @@ func brokers(t testing.TB, opts ...kfake.Opt) []string {
 	if real := os.Getenv("WHARF_TEST_KAFKA"); real != "" {
 		return strings.Split(real, ",")
 	}
-	cluster, err := kfake.NewCluster(append([]kfake.Opt{kfake.NumBrokers(1),
-		kfake.GroupMinSessionTimeout(time.Second)}, opts...)...)
+	opts = append([]kfake.Opt{kfake.NumBrokers(1), kfake.GroupMinSessionTimeout(time.Second)}, opts...)
+	return fake(t, opts...).ListenAddrs()
+}
+
+// fake is a broker in this process that does what the test says. The test is skipped where a real one is given.
+func fake(t testing.TB, opts ...kfake.Opt) *kfake.Cluster {
+	onlyFake(t)
+	cluster, err := kfake.NewCluster(opts...)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(cluster.Close)
-	return cluster.ListenAddrs()
+	return cluster
 }
 
 func connect(t testing.TB, brokers []string) *Client { return connectWith(t, Config{Brokers: brokers}) }
@@ -168,12 +174,7 @@ func TestClosedClient(t *testing.T) {
 // A broker that was paused for longer than answers are waited for answers late. That must not make a connection useless
 // for ever.
 func TestALateAnswerSpoilsNothing(t *testing.T) {
-	onlyFake(t)
-	cluster, err := kfake.NewCluster(kfake.NumBrokers(1))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(cluster.Close)
+	cluster := fake(t, kfake.NumBrokers(1))
 	c := connectWith(t, Config{Brokers: cluster.ListenAddrs(), readTimeout: 100 * time.Millisecond})
 	log := c.PublicLog(topic(t, c, 1))
 	spec := TopicSpec{Name: log.Topic(), Partitions: 1}
@@ -218,12 +219,7 @@ func TestALateAnswerSpoilsNothing(t *testing.T) {
 
 // A connection that breaks costs the request that was on it, and no other.
 func TestAFaultIsOneRequestsOwn(t *testing.T) {
-	onlyFake(t)
-	cluster, err := kfake.NewCluster(kfake.NumBrokers(1))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(cluster.Close)
+	cluster := fake(t, kfake.NumBrokers(1))
 	c := connect(t, cluster.ListenAddrs())
 	exists := topic(t, c, 1)
 	var asked, failed atomic.Int32
@@ -248,12 +244,7 @@ func TestAFaultIsOneRequestsOwn(t *testing.T) {
 
 // Once connected, a client does not need the address that it started from: it may be gone, or not answer.
 func TestTheAddressToStartFromMayGo(t *testing.T) {
-	onlyFake(t)
-	cluster, err := kfake.NewCluster(kfake.NumBrokers(1))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(cluster.Close)
+	cluster := fake(t, kfake.NumBrokers(1))
 	door, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -85,12 +85,7 @@ func TestAppendOfManyAtOnce(t *testing.T) {
 }
 
 func TestAppendBatchEndsWithItsContext(t *testing.T) {
-	onlyFake(t)
-	cluster, err := kfake.NewCluster(kfake.NumBrokers(1))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(cluster.Close)
+	cluster := fake(t, kfake.NumBrokers(1))
 	c := connect(t, cluster.ListenAddrs())
 	name := topic(t, c, 1)
 	free, arrived := make(chan struct{}), make(chan struct{}, 10)
@@ -132,12 +127,7 @@ func TestRefused(t *testing.T) {
 
 // The errors of a broker: which ones are final, and which of the others AppendBatch may try again by itself.
 func TestProduceErrors(t *testing.T) {
-	onlyFake(t)
-	cluster, err := kfake.NewCluster(kfake.NumBrokers(1))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(cluster.Close)
+	cluster := fake(t, kfake.NumBrokers(1))
 	c := connect(t, cluster.ListenAddrs())
 	name := topic(t, c, 1)
 	end := int64(0)

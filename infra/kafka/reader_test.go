@@ -51,7 +51,7 @@ func wantNumbers(t testing.TB, got []journal.Record, first, n int) {
 	}
 }
 
-func onlyFake(t *testing.T) {
+func onlyFake(t testing.TB) {
 	if os.Getenv("WHARF_TEST_KAFKA") != "" {
 		t.Skip("needs a broker that does what the test says")
 	}
@@ -188,12 +188,7 @@ func TestReadLargeBatches(t *testing.T) {
 
 // One request asks for all partitions.
 func TestReadsShareRequests(t *testing.T) {
-	onlyFake(t)
-	cluster, err := kfake.NewCluster(kfake.NumBrokers(1))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(cluster.Close)
+	cluster := fake(t, kfake.NumBrokers(1))
 	c := connect(t, cluster.ListenAddrs())
 	log := c.PublicLog(topic(t, c, 12))
 	shared := make(chan struct{})
@@ -271,12 +266,7 @@ func TestSlowReaderHoldsUpNobody(t *testing.T) {
 }
 
 func TestLeaderMoves(t *testing.T) {
-	onlyFake(t)
-	cluster, err := kfake.NewCluster(kfake.NumBrokers(3))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(cluster.Close)
+	cluster := fake(t, kfake.NumBrokers(3))
 	c := connect(t, cluster.ListenAddrs())
 	name := topic(t, c, 1)
 	public, private := c.PublicLog(name), c.Log(name)
@@ -301,12 +291,7 @@ func TestLeaderMoves(t *testing.T) {
 
 // Whatever a broker answers, reading goes on, and hands out each record once.
 func TestReadSurvivesFaults(t *testing.T) {
-	onlyFake(t)
-	cluster, err := kfake.NewCluster(kfake.NumBrokers(1))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(cluster.Close)
+	cluster := fake(t, kfake.NumBrokers(1))
 	c := connect(t, cluster.ListenAddrs())
 	log := c.PublicLog(topic(t, c, 2))
 	n := 0
