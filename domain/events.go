@@ -30,12 +30,17 @@ func EventsOf(zero ...Event) Events {
 // Decode is the event that was stored under the name. Unknown fields are ignored, so that a reader may be older than
 // the writer; an unknown name or broken JSON is an error.
 func (es Events) Decode(name string, data []byte) (Event, error) {
+	return es.DecodeBy(json.Unmarshal, name, data)
+}
+
+// DecodeBy is Decode by another implementation of encoding/json's Unmarshal, which has to do the same.
+func (es Events) DecodeBy(unmarshal func(data []byte, v any) error, name string, data []byte) (Event, error) {
 	t, ok := es[name]
 	if !ok {
 		return nil, fmt.Errorf("no event is stored as %q", name)
 	}
 	v := reflect.New(t)
-	if err := json.Unmarshal(data, v.Interface()); err != nil {
+	if err := unmarshal(data, v.Interface()); err != nil {
 		return nil, fmt.Errorf("decode %s: %w", name, err)
 	}
 	return v.Elem().Interface().(Event), nil

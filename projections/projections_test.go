@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -342,6 +343,36 @@ func TestPreferencesForWaiting(t *testing.T) {
 		c.Resolve(nil)
 		if c.wait != want {
 			t.Errorf("%q: %s, want %s", prefer, c.wait, want)
+		}
+	}
+}
+
+// Read models decode by another library than the write side: what one of them takes and the other refuses would be in the
+// log and in no row.
+func TestReadModelsDecodeAsTheDomainDoes(t *testing.T) {
+	values := []string{`null`, `true`, `"x"`, `""`, `5`, `-0`, `01`, `1.0`, `1e3`, `.5`, `1e`, `+1`, `-`, `9223372036854775807`, `9223372036854775808`,
+		`{}`, `[]`, `[null]`, `[{}]`, `[{"sku":1}]`, `[{"sku":"a"},{"SKU":"b","quantity":2}]`, `[{"sku":"a",}]`, `[1,]`, `[[[]]]`,
+		`{"amount":1,"currency":"GBP"}`, `{"amount":1,"amount":2}`, `{"AMOUNT":"1"}`, `{"amount":1`, `"2026-01-01T00:00:00Z"`, `"2026-01-01"`,
+		`"\ud800\udc00 \ud800"`, `"\u00"`, `"\x"`, "\"\x01\"", `"\u0041\n\/"`, `"a`, `nul`, `tru`, `1 2`, ``, ` `, "\ufeff1",
+		`"6ba7b810-9dad-11d1-80b4-00c04fd430c8"`, `"{6ba7b810-9dad-11d1-80b4-00c04fd430c8}"`,
+		strings.Repeat("[", 20_000) + strings.Repeat("]", 20_000), strings.Repeat("[", 20_000_000)}
+	texts := append(values, `{} x`, `{}{}`, ` {} `, "\ufeff{}", `{"a" :1 , "b" : [ ] }`, `{"a"	"b"}`, `{,}`, `{"a":1,}`)
+	for _, events := range []domain.Events{orders.Events, inventory.Events, payments.Events, shipping.Events} {
+		for name, typ := range events {
+			all := texts
+			for i := range typ.NumField() {
+				field, _, _ := strings.Cut(typ.Field(i).Tag.Get("json"), ",")
+				for _, v := range values {
+					all = append(all, fmt.Sprintf(`{"%s":%s}`, field, v), fmt.Sprintf(`{"%s":1,"%s":%s}`, strings.ToUpper(field), field, v))
+				}
+			}
+			for _, text := range all {
+				want, refused := events.Decode(name, []byte(text))
+				got, err := events.DecodeBy(unmarshal, name, []byte(text))
+				if (refused == nil) != (err == nil) || !cmp.Equal(want, got) {
+					t.Errorf("%s of %.200s: %v, %v, and in the domain %v, %v", name, text, got, err, want, refused)
+				}
+			}
 		}
 	}
 }

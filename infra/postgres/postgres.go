@@ -17,7 +17,9 @@ import (
 
 	"github.com/exaring/otelpgx"
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgtype"
 	"github.com/jackc/pgx/v5/pgxpool"
+	fastjson "github.com/segmentio/encoding/json"
 	pgxuuid "github.com/vgarvardt/pgx-google-uuid/v5"
 )
 
@@ -73,6 +75,8 @@ func open(ctx context.Context, url, role string, adjust func(*pgxpool.Config)) (
 	c.ConnConfig.RuntimeParams["application_name"] = "wharf-" + role
 	c.AfterConnect = func(_ context.Context, conn *pgx.Conn) error {
 		pgxuuid.Register(conn.TypeMap()) // else a UUID goes by its text
+		conn.TypeMap().RegisterType(&pgtype.Type{Name: "json", OID: pgtype.JSONOID,
+			Codec: &pgtype.JSONCodec{Marshal: fastjson.Marshal, Unmarshal: fastjson.Unmarshal}}) // as projections does
 		return nil
 	}
 	adjust(c)
