@@ -12,7 +12,6 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
-	"golang.org/x/sync/semaphore"
 
 	"wharf/infra/journal"
 	"wharf/projections"
@@ -48,7 +47,7 @@ type Engine struct {
 	Config
 	pool  *pgxpool.Pool
 	bulk  limits
-	turns map[string]*semaphore.Weighted // of each model's tasks, see turn
+	turns map[string]*turns // of each model's tasks
 
 	mu      sync.Mutex
 	kept    map[role]*keptBuild
@@ -95,10 +94,10 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
-	e := &Engine{Config: c, pool: pool, bulk: bulkLimits, turns: map[string]*semaphore.Weighted{}, kept: map[role]*keptBuild{},
+	e := &Engine{Config: c, pool: pool, bulk: bulkLimits, turns: map[string]*turns{}, kept: map[role]*keptBuild{},
 		changed: make(chan struct{}), mine: map[int32]int{}}
 	for _, m := range c.Models {
-		e.turns[m.Name] = semaphore.NewWeighted(writers)
+		e.turns[m.Name] = newTurns()
 	}
 	return e
 }

@@ -436,7 +436,7 @@ func (t *task) retry(ctx context.Context, tx pgx.Tx, recorded domain.Recorded) (
 	event := touch{arrival: &arrival{}}
 	event.Event, _, event.bad = t.model.Decode(recorded)
 	event.keys, event.err = t.keysOf(event.arrival)
-	t.rows = newRowCache(false, t.limits.rows)
+	t.rows = newRowCache(t.model.Append, false, t.limits.rows)
 	err = pgx.BeginFunc(ctx, tx, func(tx pgx.Tx) error { // a savepoint
 		if err := t.fetch(ctx, tx, event); err != nil {
 			return err

@@ -15,7 +15,6 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
-	"golang.org/x/sync/semaphore"
 
 	"wharf/infra/journal"
 	"wharf/projections"
@@ -39,7 +38,7 @@ type task struct {
 	bulk      bool // fills a build that nobody reads yet: rows stay in memory until there are many
 	quiet     bool // parks in silence
 
-	turns *semaphore.Weighted // of those that share the model's; nil for an operation, which others may be waiting for
+	turns *turns // of those that share the model's; nil for an operation, which others may be waiting for
 
 	listens func(projections.Event) bool // to which events; nil for all
 	wanted  func(key any) bool           // which rows are stored; nil for all
@@ -108,7 +107,7 @@ func (t *task) reload(ctx context.Context) error {
 	if t.bulk {
 		t.limits = t.e.bulk
 	}
-	t.rows = newRowCache(!began, t.limits.rows)
+	t.rows = newRowCache(t.model.Append, !began, t.limits.rows)
 	return t.loadParked(ctx)
 }
 
@@ -123,9 +122,6 @@ const (
 	batchBytes = 8 << 20
 	cachedRows = 500
 
-	// writers is how many tasks of a read model read and write rows at a time (see turn): so an event of a quiet shop is seen
-	// at once, and a busy shop has few, large transactions.
-	writers = 2
 	// A position without rows is stored so that a transaction's time is such a part of all the time.
 	emptyShare = 100
 )
@@ -341,7 +337,7 @@ func (t *task) collect(ctx context.Context, chunks <-chan chunk, until []int64) 
 	for {
 		full := t.full(b) || b.halt != nil || b.at.passed(until)
 		if b.events > 0 && t.turns != nil && b.turn == nil {
-			b.turn = ask(ctx, t.turns)
+			b.turn = t.turns.ask(ctx)
 		}
 		more, granted := chunks, b.turn.granted()
 		switch {
@@ -383,51 +379,6 @@ func (t *task) collect(ctx context.Context, chunks <-chan chunk, until []int64) 
 
 // full says that the batch is as large as it may be.
 func (t *task) full(b batch) bool { return b.events >= t.limits.events || b.bytes >= t.limits.bytes }
-
-// turn is a task's turn at the rows of its read model. Turns are given in the order in which they were asked for. Each read
-// model has its own: one whose rows are locked holds up no other.
-type turn struct {
-	given chan error
-	began time.Time
-	turns *semaphore.Weighted
-}
-
-func ask(ctx context.Context, turns *semaphore.Weighted) *turn {
-	t := &turn{given: make(chan error, 1), turns: turns}
-	go func() {
-		err := turns.Acquire(ctx, 1)
-		t.began = time.Now()
-		t.given <- err
-	}()
-	return t
-}
-
-// granted has the error when there is no turn any more; it is nil when none was asked for.
-func (t *turn) granted() <-chan error {
-	if t == nil {
-		return nil
-	}
-	return t.given
-}
-
-// end passes the turn on: at once when there is much to catch up with, or else after as much time again, in which more
-// comes together.
-func (t *turn) end(busy bool) {
-	if busy {
-		t.turns.Release(1)
-		return
-	}
-	time.AfterFunc(min(time.Since(t.began), longestRest), func() { t.turns.Release(1) })
-}
-
-const longestRest = 100 * time.Millisecond
-
-// giveUp gives back a turn that has not been taken, after its ctx has ended.
-func (t *turn) giveUp() {
-	if err := <-t.given; err == nil {
-		t.turns.Release(1)
-	}
-}
 
 // fold applies the batch to the rows in memory.
 func (t *task) fold(ctx context.Context, b batch) error {
@@ -730,7 +681,7 @@ func (t *task) flush(ctx context.Context) error {
 	t.took += (time.Since(t.last) - t.took) / 8
 	t.at.skipped = 0
 	t.stored = t.at.clone()
-	t.rows.flushed(t.model.Append)
+	t.rows.flushed()
 	t.parked.stored()
 	return nil
 }
@@ -766,6 +717,7 @@ func (t *task) upsert() string {
 // rowCache is rows in memory. The task alone writes them, so what is here need not be read again. When there are more
 // than `most`, those that have not been used for the longest time go.
 type rowCache struct {
+	once       bool // no row is touched twice: none is kept
 	complete   bool // no row is in the table that is not here
 	most       int
 	young, old map[any]*cached
@@ -778,8 +730,8 @@ type cached struct {
 	dirty    bool
 }
 
-func newRowCache(complete bool, most int) rowCache {
-	return rowCache{complete: complete, most: most, young: map[any]*cached{}}
+func newRowCache(once, complete bool, most int) rowCache {
+	return rowCache{once: once, complete: complete && !once, most: most, young: map[any]*cached{}}
 }
 
 // get is nil when the row is not here.
@@ -795,7 +747,9 @@ func (c *rowCache) get(key any) *cached {
 
 func (c *rowCache) add(key, row any, stored bool) *cached {
 	r := &cached{key: key, row: row, stored: stored}
-	c.young[key] = r
+	if !c.once {
+		c.young[key] = r
+	}
 	return r
 }
 
@@ -816,15 +770,12 @@ func (c *rowCache) release() {
 }
 
 // flushed says that all rows have been written.
-func (c *rowCache) flushed(forget bool) {
+func (c *rowCache) flushed() {
 	for _, r := range c.dirty {
 		r.dirty, r.stored = false, true
 	}
 	c.dirty = nil
-	switch {
-	case forget: // no row is touched twice
-		c.young = map[any]*cached{}
-	case len(c.young) >= c.most:
+	if len(c.young) >= c.most {
 		c.complete = c.complete && len(c.old) == 0
 		c.young, c.old = map[any]*cached{}, c.young
 	}
