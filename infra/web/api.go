@@ -14,6 +14,7 @@ import (
 	"github.com/danielgtaylor/huma/v2"
 	"github.com/danielgtaylor/huma/v2/adapters/humago"
 	"github.com/danielgtaylor/huma/v2/validation"
+	fastjson "github.com/segmentio/encoding/json"
 )
 
 func init() {
@@ -41,7 +42,7 @@ func NewAPI(mux *http.ServeMux) huma.API {
 	config.RejectUnknownQueryParameters = true
 	format := huma.Format{
 		Marshal: func(w io.Writer, v any) error {
-			e := json.NewEncoder(w)
+			e := fastjson.NewEncoder(w) // half of encoding/json's time, and the same text
 			e.SetEscapeHTML(false)
 			return e.Encode(v)
 		},
