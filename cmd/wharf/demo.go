@@ -8,7 +8,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -51,11 +50,7 @@ func (c *demoCmd) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if os.Getenv("GOGC") == "" {
-		// Eight programs in one process make much garbage and keep little: let more of it lie, up to a limit.
-		debug.SetGCPercent(400)
-		debug.SetMemoryLimit(3 << 29) // 1.5 GiB
-	}
+	collectLess(3 << 29) // 1.5 GiB, for eight programs in one process
 	began := time.Now()
 	owner, err := embedded.Lock(c.DataDir)
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime/debug"
 	"time"
 
 	"github.com/danielgtaylor/huma/v2"
@@ -51,6 +52,21 @@ func topicSpecs(partitions, replication int) (specs []kafka.TopicSpec) {
 		}
 	}
 	return specs
+}
+
+// readSideMemory is how much memory the read side's programs take, about, before they collect garbage more often.
+const readSideMemory = 512 << 20
+
+// collectLess is for a program that makes much garbage and keeps little: it lets more of it lie, up to a limit in bytes,
+// where collecting it took a quarter of the processor's time. GOGC and GOMEMLIMIT have the last word.
+func collectLess(limit int64) {
+	if os.Getenv("GOGC") != "" {
+		return
+	}
+	debug.SetGCPercent(400)
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(limit)
+	}
 }
 
 // part is what makes a program: routes, something that runs, or both.
