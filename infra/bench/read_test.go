@@ -38,12 +38,14 @@ import (
 // another, with the read models that stand for the two kinds: orders, a row an entity, and history, a row an event.
 var kinds = []projections.Model{projections.Orders, projections.History}
 
-// collectLess has garbage collected as the read side's programs do (see cmd/wharf/program.go), for the limits too.
-func collectLess(t *testing.T) {
-	percent, limit := debug.SetGCPercent(400), debug.SetMemoryLimit(-1)
-	debug.SetMemoryLimit(512 << 20)
-	t.Cleanup(func() { debug.SetGCPercent(percent); debug.SetMemoryLimit(limit) })
+// collectLess has garbage collected as the read side's programs do (see cmd/wharf/program.go), for the limits too. Where this
+// process holds what the limits write, it has no limit of memory.
+func collectLess(t *testing.T, limit int64) {
+	percent, before := debug.SetGCPercent(400), debug.SetMemoryLimit(limit)
+	t.Cleanup(func() { debug.SetGCPercent(percent); debug.SetMemoryLimit(before) })
 }
+
+const readSideMemory = 512 << 20
 
 func newDatabase(t *testing.T) *pgxpool.Pool {
 	t.Helper()
@@ -140,7 +142,7 @@ func logs(t *testing.T) []*told {
 
 // TestProjection measures how fast read models take in a log: live, from nothing, and in a replay beside that.
 func TestProjection(t *testing.T) {
-	collectLess(t)
+	collectLess(t, math.MaxInt64)
 	peers := runPeers(t)
 	for _, l := range logs(t) {
 		for _, m := range kinds {
@@ -180,7 +182,7 @@ func TestProjection(t *testing.T) {
 
 // TestScale measures whether replay stays as fast and as small when the log grows.
 func TestScale(t *testing.T) {
-	collectLess(t)
+	collectLess(t, readSideMemory)
 	first := map[string]float64{}
 	for text := range strings.SplitSeq(*sizes, ",") {
 		size, err := strconv.Atoi(text)
@@ -228,7 +230,7 @@ func watchHeap() (peak func() float64) {
 
 // TestVisible measures how long it takes from the answer to a command until a query sees what it did, at a rate.
 func TestVisible(t *testing.T) {
-	collectLess(t)
+	collectLess(t, readSideMemory)
 	peer := runPeers(t)["project_live_delay"]
 	for _, perSecond := range []float64{200, 1000} {
 		round(t, func(t *testing.T) {
@@ -292,7 +294,7 @@ func wait(t *testing.T, perSecond float64, do func() (then func() error, err err
 
 // TestQueryByID measures GET /orders/{id}, with nothing else going on and during a replay.
 func TestQueryByID(t *testing.T) {
-	collectLess(t)
+	collectLess(t, readSideMemory)
 	l := tellOrders(t, *readOrders)
 	pool := newDatabase(t)
 	l.project(t, pool, projections.Orders)
