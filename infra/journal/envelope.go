@@ -171,7 +171,8 @@ func ParsePosition(s string) (domain.Position, error) {
 // error, and the consumer must halt: an event is missing from the log, and going on would lose it.
 func Next(last int64, e domain.Recorded) (process bool, err error) {
 	if e.Seq > last+1 {
-		return false, fmt.Errorf("%s partition %d has a gap: event %d follows %d", e.Topic, e.Partition, e.Seq, last)
+		return false, fmt.Errorf("%s partition %d has a gap: event %d follows %d: records were lost, or somebody else wrote one; "+
+			"restore the topic as its service published it, and start what reads it anew", e.Topic, e.Partition, e.Seq, last)
 	}
 	return e.Seq == last+1, nil
 }

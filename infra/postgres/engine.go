@@ -382,6 +382,11 @@ func (e *Engine) follow(ctx context.Context, m projections.Model, b build, parti
 	if err != nil {
 		return 0, err
 	}
+	// If it was halted, it tries once more, and says so again if that does not help.
+	if _, err := e.pool.Exec(ctx, "UPDATE wharf.tasks SET error = '' WHERE build = $1 AND partition = $2 AND error <> ''",
+		b.id, partition); err != nil {
+		return 0, err
+	}
 	t.turns = e.turns[m.Name]
 	defer t.showParked()()
 	err = t.run(ctx, nil)

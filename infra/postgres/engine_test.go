@@ -231,7 +231,7 @@ func TestAGapHaltsWhatListensToItAndNothingElse(t *testing.T) {
 	}
 	// Started anew, it is still halted; a replay meets the same gap, and leaves the live build alone.
 	stop()
-	start(t, newEngine(t, pool, s))
+	stop = start(t, newEngine(t, pool, s))
 	eventually(t, "it halts again", func() bool { return slices.Equal(halted(), want) })
 	err := e.Replay(context.Background(), []string{"orders"}, ReplayOptions{}, func(Progress) {})
 	if err == nil || !strings.Contains(err.Error(), "has a gap") {
@@ -240,6 +240,15 @@ func TestAGapHaltsWhatListensToItAndNothingElse(t *testing.T) {
 	if n := one[int64](t, pool, "SELECT count(*) FROM wharf.builds"); n != int64(len(e.Models)) {
 		t.Errorf("there are %d builds, want %d", n, len(e.Models))
 	}
+	// When the topic has been restored, it goes on, and says so although there is nothing new.
+	stop()
+	mended := newShop()
+	mended.order(1, 2)
+	mended.tell(id, orders.ItemReserved{SKU: "before the gap"})
+	start(t, newEngine(t, pool, mended))
+	eventually(t, "nothing is halted any more", func() bool { return len(halted()) == 0 })
+	mended.tell(id, orders.ItemReserved{SKU: "behind where the gap was"})
+	eventually(t, "the order goes on", func() bool { return one[int64](t, pool, "SELECT version FROM wharf_read.orders") == before+2 })
 }
 
 func TestWhatNobodyCanReadIsLeftOutAndCounted(t *testing.T) {
