@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -12,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/google/uuid"
+	fastjson "github.com/segmentio/encoding/json"
 	"pgregory.net/rapid"
 
 	"wharf/domain"
@@ -103,9 +105,9 @@ func (w told) interleave(t *rapid.T) (all []domain.Recorded) {
 	}
 }
 
-// fold is the rows that the events make, as the columns of their table.
-func fold(t interface{ Fatal(...any) }, m Model, events []domain.Recorded) map[string][]any {
-	rows, keys := map[any]any{}, []any{}
+// foldRows is the rows that the events make, by key.
+func foldRows(t interface{ Fatal(...any) }, m Model, events []domain.Recorded) map[any]any {
+	rows := map[any]any{}
 	for _, r := range events {
 		e, listens, err := m.Decode(r)
 		if err != nil {
@@ -117,14 +119,18 @@ func fold(t interface{ Fatal(...any) }, m Model, events []domain.Recorded) map[s
 		for _, k := range m.Touched(e) {
 			if rows[k] == nil {
 				rows[k] = m.New()
-				keys = append(keys, k)
 			}
 			m.Apply(k, rows[k], e)
 		}
 	}
+	return rows
+}
+
+// fold is the rows that the events make, as the columns of their table.
+func fold(t interface{ Fatal(...any) }, m Model, events []domain.Recorded) map[string][]any {
 	values := map[string][]any{}
-	for _, k := range keys {
-		v, err := m.Values(k, rows[k])
+	for k, row := range foldRows(t, m, events) {
+		v, err := m.Values(k, row)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -374,5 +380,29 @@ func TestReadModelsDecodeAsTheDomainDoes(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// Rows of earlier releases, which encoding/json wrote, are compared with new ones by their text.
+func TestReadModelsEncodeAsEncodingJSON(t *testing.T) {
+	same := func(t interface{ Errorf(string, ...any) }, v any) {
+		want, err := json.Marshal(v)
+		if got, gotErr := fastjson.Marshal(v); string(got) != string(want) || (err == nil) != (gotErr == nil) {
+			t.Errorf("%s, %v, and by encoding/json %s, %v", got, gotErr, want, err)
+		}
+	}
+	for r := range rune(0x3000) {
+		same(t, orders.Line{SKU: "<" + string(r) + ">"})
+	}
+	same(t, "\xff \xc3 \xed\xa0\x80 😀")
+	for _, m := range All {
+		rapid.Check(t, func(t *rapid.T) {
+			for _, row := range foldRows(t, m, drawTold(t).interleave(t)) {
+				v := reflect.ValueOf(row).Elem()
+				for i := range v.NumField() {
+					same(t, v.Field(i).Interface())
+				}
+			}
+		})
 	}
 }
