@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"time"
 
@@ -54,8 +55,9 @@ func topicSpecs(partitions, replication int) (specs []kafka.TopicSpec) {
 	return specs
 }
 
-// readSideMemory is how much memory the read side's programs take, about, before they collect garbage more often.
-const readSideMemory = 512 << 20
+// readSideMemory is how much memory the read side's programs take, about, before they collect garbage more often: as many
+// tasks fill builds at a time as there are processors.
+func readSideMemory() int64 { return (256 + 128*int64(runtime.GOMAXPROCS(0))) << 20 }
 
 // collectLess is for a program that makes much garbage and keeps little: it lets more of it lie, up to a limit in bytes,
 // where collecting it took a quarter of the processor's time. GOGC and GOMEMLIMIT have the last word.

@@ -86,7 +86,7 @@ func (f *storesFlag) whileKafka(ctx context.Context, client *kafka.Client, do fu
 func (f *storesFlag) withEngine(
 	ctx context.Context, name string, keep time.Duration, do func(context.Context, *kafka.Client, *postgres.Engine) error,
 ) error {
-	collectLess(readSideMemory)
+	collectLess(readSideMemory())
 	if err := f.resolve(); err != nil {
 		return err
 	}

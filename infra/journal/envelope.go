@@ -2,6 +2,7 @@ package journal
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"maps"
 	"strconv"
@@ -98,6 +99,8 @@ func ParseEvent(topic string, r Record) (domain.Recorded, bool) {
 			var bad error
 			if e.Time, bad = time.Parse(time.RFC3339Nano, string(h.Value)); bad != nil {
 				err = bad
+			} else if y := e.Time.UTC().Year(); y < 0 || y > 9999 { // which its zone made of one that can be written
+				err = errors.New("a year that cannot be written")
 			}
 		case ceSeq:
 			e.Seq = number(h.Value)

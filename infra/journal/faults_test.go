@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -514,6 +515,21 @@ func TestTheConsumerRule(t *testing.T) {
 	}
 	if _, err := journal.Next(5, event(7)); err == nil {
 		t.Error("event 7 after 5: the gap is not noticed")
+	}
+}
+
+// A time whose zone makes it the year 10000 could be stored in a row, and not be read back.
+func TestATimeThatCannotBeWrittenMakesNoEvent(t *testing.T) {
+	r := journal.NewEventRecord(domain.Recorded{ID: uuid.New(), Name: "counted.v1", Service: "counters", Stream: "a", Version: 1,
+		Position: domain.Position{Topic: "counters.events", Seq: 1}})
+	for text, ours := range map[string]bool{
+		"9999-12-31T23:59:59Z": true, "9999-12-31T23:59:59-14:00": false, "0000-01-01T00:00:00+14:00": false, "0000-01-01T00:00:00Z": true,
+	} {
+		i := slices.IndexFunc(r.Headers, func(h journal.Header) bool { return h.Key == "ce_time" })
+		r.Headers[i].Value = []byte(text)
+		if _, ok := journal.ParseEvent("counters.events", r); ok != ours {
+			t.Errorf("%s makes an event: %v, want %v", text, ok, ours)
+		}
 	}
 }
 

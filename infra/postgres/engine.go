@@ -353,7 +353,7 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 		case errors.As(err, &halt):
 			log.Error("a projection halts: it does not go on without help", "build", b.id, "err", err)
 			e.recordHalt(whileKept, b.build, partition, err, log)
-			e.awaitRepair(whileKept, b.build, partition, epoch)
+			e.awaitRepair(whileKept, b.build, partition, epoch, err, log)
 		default:
 			if time.Since(began) > time.Minute {
 				retry = backoff{}
@@ -394,12 +394,17 @@ func (e *Engine) follow(ctx context.Context, m projections.Model, b build, parti
 }
 
 // awaitRepair returns when somebody has repaired the task since the epoch, or ctx ends.
-func (e *Engine) awaitRepair(ctx context.Context, b build, partition int32, epoch int64) {
+func (e *Engine) awaitRepair(ctx context.Context, b build, partition int32, epoch int64, halt error, log *slog.Logger) {
 	for pause(ctx, 4*e.Poll) {
 		var now int64
-		row := e.pool.QueryRow(ctx, "SELECT epoch FROM wharf.tasks WHERE build = $1 AND partition = $2", b.id, partition)
-		if row.Scan(&now) == nil && now != epoch {
+		var shown string
+		row := e.pool.QueryRow(ctx, "SELECT epoch, error FROM wharf.tasks WHERE build = $1 AND partition = $2", b.id, partition)
+		switch err := row.Scan(&now, &shown); {
+		case err != nil:
+		case now != epoch:
 			return
+		case shown == "": // whoever ran the task before this projector, and still did for a moment, has cleared it
+			e.recordHalt(ctx, b, partition, halt, log)
 		}
 	}
 }

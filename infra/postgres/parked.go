@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -103,7 +104,7 @@ func (t *task) park(event touch) error {
 	}
 	e := parkedEvent{event.Recorded, keysOfParked(t.model, event), ""}
 	if event.err != nil {
-		e.err = event.err.Error()
+		e.err = legible(event.err.Error())
 		level := slog.LevelError
 		if t.quiet {
 			level = slog.LevelDebug
@@ -114,6 +115,11 @@ func (t *task) park(event touch) error {
 	t.parked.add(event.Topic, e.keys)
 	t.parked.fresh = append(t.parked.fresh, e)
 	return nil
+}
+
+// legible is the text without what Postgres does not take.
+func legible(text string) string {
+	return strings.ReplaceAll(strings.ToValidUTF8(text, "\uFFFD"), "\x00", "\uFFFD")
 }
 
 func (p *parked) add(topic string, keys []string) {

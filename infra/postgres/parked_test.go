@@ -41,7 +41,7 @@ func shelf(version int, broken *atomic.Bool) projections.Model {
 				r.Units += f.Quantity
 			case inventory.Adjusted:
 				if f.Delta == 13 && broken.Load() {
-					panic("no idea")
+					panic("no idea: \x00\xc3") // which Postgres does not take for text
 				}
 				r.Units += f.Delta
 				r.Last = f.Reason

@@ -16,10 +16,10 @@ import (
 	"time"
 
 	"github.com/exaring/otelpgx"
+	fastjson "github.com/go-json-experiment/json/v1"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgtype"
 	"github.com/jackc/pgx/v5/pgxpool"
-	fastjson "github.com/segmentio/encoding/json"
 	pgxuuid "github.com/vgarvardt/pgx-google-uuid/v5"
 )
 

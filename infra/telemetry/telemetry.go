@@ -1,7 +1,7 @@
 // Package telemetry answers the question "how does one see what a program does?": logs, traces and metrics are set up
 // here, once, at the start of every program. Logs go to standard error and name the trace that they belong to. Traces
-// are always made, and passed on through HTTP, commits and events in the header "traceparent". Metrics are in
-// Prometheus's default registry.
+// are made for every command, and for a query whose caller has one, and are passed on through HTTP, commits and events in the
+// header "traceparent". Metrics are in Prometheus's default registry.
 package telemetry
 
 import (
