@@ -70,7 +70,7 @@ func (ts *turns) slowness(took time.Duration) time.Duration {
 		ts.quickest = took
 	}
 	slow := took - ts.quickest
-	ts.quickest += slow / 1024 // or one that was quick by chance would count for ever
+	ts.quickest += slow / 256 // or one that was quick by chance would count for ever
 	return slow
 }
 

@@ -15,7 +15,7 @@ func TestTurnsLeaveRoomWhenTheyAreSlowerThanTheyCanBe(t *testing.T) {
 			t.Errorf("after a turn of %s comes a rest of %s, want %s", turn.took, rest, turn.rest)
 		}
 	}
-	for range 8000 { // larger batches, or a slower machine, for long: that is what turns take now
+	for range 2000 { // larger batches, or a slower machine, for long: that is what turns take now
 		ts.slowness(12 * ms)
 	}
 	if rest := ts.slowness(12 * ms); rest > ms {
