@@ -1,7 +1,6 @@
 package projections
 
 import (
-	"bytes"
 	"context"
 	"encoding/base64"
 	"encoding/json"
@@ -138,7 +137,7 @@ func encodeCursor(c any) string {
 // decodeCursor takes only what encodeCursor makes of a C.
 func decodeCursor[C any](s string) (c C, ok bool) {
 	data, err := base64.RawURLEncoding.DecodeString(s)
-	if err != nil || bytes.Contains(data, []byte(`\u0000`)) || json.Unmarshal(data, &c) != nil {
+	if err != nil || hasNUL(data) || json.Unmarshal(data, &c) != nil {
 		return c, false
 	}
 	return c, encodeCursor(c) == s

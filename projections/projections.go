@@ -214,7 +214,7 @@ func (m Model) Decode(r domain.Recorded) (e Event, listens bool, err error) {
 		r.Data = nil
 		return Event{r, Unreadable{}}, listens, fmt.Errorf("%w: its journal entry is broken", ErrUnreadable)
 	}
-	if !utf8.Valid(r.Data) || bytes.Contains(r.Data, []byte(`\u0000`)) {
+	if !utf8.Valid(r.Data) || hasNUL(r.Data) {
 		return Event{Recorded: r}, true, fmt.Errorf("%w: its data is no text", ErrUndecodable)
 	}
 	if fact, brief := m.brief[r.Name]; brief {
@@ -225,6 +225,22 @@ func (m Model) Decode(r domain.Recorded) (e Event, listens bool, err error) {
 		return Event{Recorded: r}, true, fmt.Errorf("%w: %w", ErrUndecodable, err)
 	}
 	return Event{r, fact}, true, nil
+}
+
+// hasNUL says that a string of the JSON has the character that Postgres does not take: \u0000, with a backslash that is not
+// itself escaped by another.
+func hasNUL(data []byte) bool {
+	escape := []byte(`\u0000`)
+	for {
+		i := bytes.Index(data, escape)
+		if i < 0 {
+			return false
+		}
+		if before := data[:i]; (len(before)-len(bytes.TrimRight(before, `\`)))%2 == 0 {
+			return true
+		}
+		data = data[i+len(escape):]
+	}
 }
 
 // storable says that Postgres takes the text.

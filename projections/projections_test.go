@@ -3,6 +3,7 @@ package projections
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"reflect"
 	"slices"
@@ -405,5 +406,24 @@ func TestReadModelsEncodeAsEncodingJSON(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// Postgres takes no NUL; but a backslash, a u and four zeros are text like any other.
+func TestTheTextOfANULIsNone(t *testing.T) {
+	w := told{}
+	one := uuid.NewSHA1(uuid.Nil, []byte("one")).String()
+	for _, customer := range []string{`\u0000`, `a\\u0000`, `\\\u0000\u0000`, `u0000`, "a\x00", "\\\x00", `\u0000` + "\x00"} {
+		w.tell(OrdersTopic, one, 1, orders.Placed{Customer: customer})
+		last := w[OrdersTopic][len(w[OrdersTopic])-1]
+		e, _, err := Orders.Decode(last)
+		if strings.Contains(customer, "\x00") != errors.Is(err, ErrUndecodable) {
+			t.Errorf("%q, stored as %s: %v", customer, last.Data, err)
+		} else if placed, ok := e.Fact.(orders.Placed); ok != (err == nil) || ok && placed.Customer != customer {
+			t.Errorf("%q came back as %q", customer, placed.Customer)
+		}
+		if c, ok := decodeCursor[stockCursor](encodeCursor(stockCursor{customer})); ok == strings.Contains(customer, "\x00") || ok && c.SKU != customer {
+			t.Errorf("a page after %q begins after %q (%v)", customer, c.SKU, ok)
+		}
 	}
 }

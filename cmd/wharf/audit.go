@@ -33,9 +33,9 @@ func (c *auditCmd) Run(ctx context.Context) error {
 		}
 	} else {
 		for _, v := range broken {
-			fmt.Println(v)
+			fmt.Fprintln(stdout, v)
 		}
-		fmt.Printf("%d orders, %d payments, %d shipments, %d SKUs: %d invariants broken\n",
+		fmt.Fprintf(stdout, "%d orders, %d payments, %d shipments, %d SKUs: %d invariants broken\n",
 			summary.Orders, summary.Payments, summary.Shipments, summary.SKUs, len(broken))
 	}
 	if len(broken) > 0 {

@@ -40,6 +40,6 @@ func (c *healthCmd) Run(ctx context.Context) error {
 	if answer.StatusCode != http.StatusOK {
 		return fmt.Errorf("%s answers %s: %s", url, answer.Status, strings.TrimSpace(string(body)))
 	}
-	fmt.Println("ready")
+	fmt.Fprintln(stdout, "ready")
 	return nil
 }

@@ -50,7 +50,7 @@ func (c *loadCmd) Run(ctx context.Context) error {
 	if c.JSON {
 		err = printJSON(report)
 	} else {
-		fmt.Print(report)
+		fmt.Fprint(stdout, report)
 	}
 	if err == nil && report.StaleReads > 0 {
 		err = fmt.Errorf("%d answers did not know what had been written before they were asked for", report.StaleReads)

@@ -51,6 +51,20 @@ const (
 	exitInterrupted = 130
 )
 
+// stdout is standard output. It remembers the first error, because a verdict that nobody got is a failure.
+var stdout = &output{}
+
+type output struct{ err error }
+
+// Write implements io.Writer.
+func (o *output) Write(p []byte) (int, error) {
+	n, err := os.Stdout.Write(p)
+	if o.err == nil {
+		o.err = err
+	}
+	return n, err
+}
+
 func main() { os.Exit(run(os.Args[1:])) }
 
 func run(args []string) int {
@@ -90,7 +104,9 @@ func run(args []string) int {
 		os.Exit(exitInterrupted)
 	}()
 	parsed.BindTo(ctx, (*context.Context)(nil))
-	err = parsed.Run()
+	if err = parsed.Run(); err == nil {
+		err = stdout.err
+	}
 	var by interrupted
 	switch {
 	case errors.As(context.Cause(ctx), &by) && (err == nil || errors.Is(err, context.Canceled) || by.signal == os.Interrupt):

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -55,25 +54,25 @@ func (c *parkedListCmd) Run(ctx context.Context) error {
 			return printJSON(map[string]any{"items": list, "policies": policies, "discarded": discarded})
 		}
 		for _, d := range discarded {
-			fmt.Printf("%s: %s was given up at %s\n", d.Model, d.Position, d.At.Format(time.RFC3339))
+			fmt.Fprintf(stdout, "%s: %s was given up at %s\n", d.Model, d.Position, d.At.Format(time.RFC3339))
 		}
 		if len(list)+len(policies) == 0 {
-			fmt.Println("nothing is parked")
+			fmt.Fprintln(stdout, "nothing is parked")
 			return nil
 		}
 		for _, p := range policies {
 			for _, e := range p.Parked {
 				if e.Halted != "" {
-					fmt.Printf("policies of %s: all of the partition waits at %s: %s\n", p.Service, e.Position, e.Halted)
+					fmt.Fprintf(stdout, "policies of %s: all of the partition waits at %s: %s\n", p.Service, e.Position, e.Halted)
 				} else {
-					fmt.Printf("policies of %s: stream %s waits at %s, and is tried again\n", p.Service, e.Stream, e.Position)
+					fmt.Fprintf(stdout, "policies of %s: stream %s waits at %s, and is tried again\n", p.Service, e.Stream, e.Position)
 				}
 			}
 		}
 		if len(list) == 0 {
 			return nil
 		}
-		w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+		w := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
 		fmt.Fprintln(w, "READ MODEL\tBUILD\tPOSITION\tTYPE\tSTREAM\tSINCE\tWHY")
 		for _, p := range list {
 			why, _, _ := strings.Cut(p.Error, "\n")
@@ -146,7 +145,7 @@ func (c *parkedRetryCmd) Run(ctx context.Context) error {
 		if c.JSON {
 			err = printJSON(done)
 		} else {
-			fmt.Printf("%s: %d events were applied, %d wait still\n", c.Model, done.Applied, done.Waiting)
+			fmt.Fprintf(stdout, "%s: %d events were applied, %d wait still\n", c.Model, done.Applied, done.Waiting)
 		}
 		if err == nil && done.Applied == 0 && done.Waiting > 0 {
 			err = errors.New("nothing was applied: wharf parked list says what waits, and why")
@@ -166,7 +165,7 @@ func (c *parkedDiscardCmd) Run(ctx context.Context) error {
 		if err := engine.DiscardParked(ctx, c.Model, c.Position); err != nil {
 			return err
 		}
-		fmt.Printf("%s: %s is given up; wharf parked retry %s applies what waited for it\n", c.Model, c.Position, c.Model)
+		fmt.Fprintf(stdout, "%s: %s is given up; wharf parked retry %s applies what waited for it\n", c.Model, c.Position, c.Model)
 		return nil
 	})
 }

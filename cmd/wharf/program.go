@@ -265,7 +265,7 @@ func sleep(ctx context.Context, d time.Duration) bool {
 
 // printJSON prints data for programs.
 func printJSON(v any) error {
-	e := json.NewEncoder(os.Stdout)
+	e := json.NewEncoder(stdout)
 	e.SetEscapeHTML(false)
 	return e.Encode(v)
 }

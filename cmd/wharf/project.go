@@ -82,7 +82,7 @@ func (c *projectCmd) print(s postgres.Snapshot) error {
 	if c.JSON {
 		return printJSON(map[string]any{"items": s.Rows})
 	}
-	e := json.NewEncoder(os.Stdout)
+	e := json.NewEncoder(stdout)
 	e.SetEscapeHTML(false)
 	e.SetIndent("", "  ")
 	for _, row := range s.Rows {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"os"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -147,7 +146,7 @@ func (c *projectionsCmd) Run(ctx context.Context) error {
 	if c.JSON {
 		return printJSON(status)
 	}
-	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+	w := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "READ MODEL\tBUILD\tVERSION\tSTATE\tLAG\tSECONDS\tRATE/S\tPARKED\tVERIFIED\tPREVIOUS\tEVENTS SEEN")
 	for _, b := range status.Items {
 		var seen []string
@@ -192,6 +191,6 @@ func (c *projectionsCmd) Run(ctx context.Context) error {
 	if err := w.Flush(); err != nil {
 		return err
 	}
-	fmt.Printf("\nopen payment intents: %d\n", status.OpenIntents)
+	fmt.Fprintf(stdout, "\nopen payment intents: %d\n", status.OpenIntents)
 	return nil
 }

@@ -117,7 +117,7 @@ func (c *replayCmd) Run(ctx context.Context) error {
 		}
 		for _, r := range results {
 			if !r.Refused { // which the error says
-				fmt.Println(c.sentence(r))
+				fmt.Fprintln(stdout, c.sentence(r))
 			}
 		}
 		return err
@@ -240,7 +240,7 @@ func (c *replayCmd) dryRun(ctx context.Context, engine *postgres.Engine, models 
 		return printJSON(map[string]any{"items": plans})
 	}
 	for _, p := range plans {
-		fmt.Printf("%s: would read %d events of %s, and write about %d rows (%d KiB with indexes) beside build %d, version %d\n",
+		fmt.Fprintf(stdout, "%s: would read %d events of %s, and write about %d rows (%d KiB with indexes) beside build %d, version %d\n",
 			p.Model, p.Events, strings.Join(p.Topics, ", "), p.Rows, p.Bytes>>10, p.Build, p.Version)
 	}
 	return nil

@@ -71,7 +71,7 @@ func (c *topicsCreateCmd) Run(ctx context.Context) error {
 		return printJSON(map[string]any{"items": items})
 	}
 	for _, s := range specs {
-		fmt.Printf("%-20s %d partitions, ok\n", s.Name, s.Partitions)
+		fmt.Fprintf(stdout, "%-20s %d partitions, ok\n", s.Name, s.Partitions)
 	}
 	return nil
 }

@@ -33,7 +33,7 @@ func (c *verifyCmd) Run(ctx context.Context) error {
 		wrong := 0
 		for _, r := range results {
 			if !c.JSON {
-				fmt.Println(r.String())
+				fmt.Fprintln(stdout, r.String())
 			}
 			if !r.Same() || r.Halted != "" {
 				wrong++

@@ -321,6 +321,14 @@ func TestTheWholeShop(t *testing.T) {
 		}
 		wantCode(t, 0, in("replay", "orders", "sales", "--rollback")...)
 		wantCode(t, 0, in("verify", "orders", "sales")...)
+		if full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0); err == nil { // a verdict that nobody got
+			c := command(t.Context(), in("verify", "orders")...)
+			c.Stdout = full
+			if _ = c.Run(); c.ProcessState.ExitCode() != 1 {
+				t.Errorf("verify into a full disk: exit %d", c.ProcessState.ExitCode())
+			}
+			must(t, full.Close())
+		}
 		var id string
 		for o, err := range c.Orders(ctx, "", "delivered") {
 			must(t, err)

@@ -378,8 +378,27 @@ func touchTask(ctx context.Context, tx pgx.Tx, b build, partition int32) error {
 	return err
 }
 
+// repairs is how many parked events of a task are applied in one transaction: while it lasts the task stands still, and a row
+// that is written over and over in it gets slower each time.
+const repairs = 500
+
 // repair applies what can be applied of one task's parked events, and says how many were tried.
 func (e *Engine) repair(ctx context.Context, m projections.Model, b build, partition int32, key string) (done Repaired, tried int, err error) {
+	for {
+		some, meant, err := e.repairSome(ctx, m, b, partition, key)
+		tried = max(tried, meant)
+		if err != nil {
+			return done, tried, err
+		}
+		done.Applied, done.Waiting = done.Applied+some.Applied, some.Waiting
+		if some.Applied < repairs {
+			return done, tried, nil
+		}
+	}
+}
+
+// repairSome does it in one transaction, until so many are applied; then it does not know how many wait.
+func (e *Engine) repairSome(ctx context.Context, m projections.Model, b build, partition int32, key string) (done Repaired, tried int, err error) {
 	t, err := e.load(ctx, e.pool, m, b, partition)
 	if err != nil {
 		return done, 0, err
@@ -409,6 +428,9 @@ func (e *Engine) repair(ctx context.Context, m projections.Model, b build, parti
 		}
 		t.parked = parked{keys: map[topicKey]bool{}, gauge: t.parked.gauge}
 		for _, w := range list {
+			if done.Applied == repairs {
+				break
+			}
 			meant := key == "" || slices.Contains(w.keys, key)
 			if meant {
 				tried++

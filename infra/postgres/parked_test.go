@@ -290,6 +290,28 @@ func TestParkingIsBounded(t *testing.T) {
 	}
 }
 
+func TestARetryOfManyIsManyTransactions(t *testing.T) {
+	var broken atomic.Bool
+	broken.Store(true)
+	s := newShop()
+	s.tell("MUG", inventory.Adjusted{Delta: 13, Reason: "first"})
+	for range 2*repairs + 7 {
+		s.tell("MUG", inventory.Adjusted{Delta: 1, Reason: "more"})
+	}
+	pool := openTest(t)
+	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{shelf(1, &broken)} })
+	start(t, e)
+	s.caughtUp(t, pool)
+	broken.Store(false)
+	if done, err := e.RetryParked(t.Context(), "shelf", ""); err != nil || done != (Repaired{2*repairs + 8, 0}) {
+		t.Errorf("retried: %+v, %v", done, err)
+	}
+	if got, want := shelves(t, e), fmt.Sprintf("MUG %d more", 13+2*repairs+7); got != want {
+		t.Errorf("the shelves are %q, want %q", got, want)
+	}
+	verify(t, e, 0)
+}
+
 // What is gone over one by one is whole batches: of the topics of a batch some may be beyond what is gone over again.
 func TestAnEventAtFaultTakesNoOtherTopicsEventsWithIt(t *testing.T) {
 	both := projections.Define(projections.Spec[shelfKey, shelfRow]{

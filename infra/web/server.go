@@ -128,7 +128,7 @@ func badQuery(r *http.Request) *Problem {
 // noRoute tells an unknown path from a wrong method.
 func noRoute(w http.ResponseWriter, mux *http.ServeMux, r *http.Request) {
 	var allowed []string
-	for _, method := range []string{http.MethodGet, http.MethodPost} {
+	for _, method := range []string{http.MethodGet, http.MethodHead, http.MethodPost} {
 		probe := r.Clone(r.Context())
 		probe.Method = method
 		if _, route := mux.Handler(probe); route != "" {
