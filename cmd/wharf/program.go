@@ -55,12 +55,13 @@ func topicSpecs(partitions, replication int) (specs []kafka.TopicSpec) {
 	return specs
 }
 
-// readSideMemory is how much memory the read side's programs take, about, before they collect garbage more often: as many
-// tasks fill builds at a time as there are processors.
+// readSideMemory is how much memory the projector and the query service take, about, before they collect garbage more often: as
+// many tasks fill builds at a time as there are processors.
 func readSideMemory() int64 { return (256 + 128*int64(runtime.GOMAXPROCS(0))) << 20 }
 
 // collectLess is for a program that makes much garbage and keeps little: it lets more of it lie, up to a limit in bytes,
-// where collecting it took a quarter of the processor's time. GOGC and GOMEMLIMIT have the last word.
+// where collecting it took a quarter of the processor's time. GOGC and GOMEMLIMIT have the last word. It is not for a replay
+// beside the shop: rarer collections are longer ones, and the slowest queries took twice as long meanwhile.
 func collectLess(limit int64) {
 	if os.Getenv("GOGC") != "" {
 		return

@@ -85,7 +85,6 @@ func (f *storesFlag) whileKafka(ctx context.Context, client *kafka.Client, do fu
 func (f *storesFlag) withEngine(
 	ctx context.Context, name string, keep time.Duration, do func(context.Context, *kafka.Client, *postgres.Engine) error,
 ) error {
-	collectLess(readSideMemory())
 	if err := f.resolve(); err != nil {
 		return err
 	}

@@ -38,7 +38,7 @@ import (
 // another, with the read models that stand for the two kinds: orders, a row an entity, and history, a row an event.
 var kinds = []projections.Model{projections.Orders, projections.History}
 
-// collectLess has garbage collected as the read side's programs do (see cmd/wharf/program.go), for the limits too.
+// collectLess has garbage collected as the projector and the query service do (see cmd/wharf/program.go), for the limits too.
 func collectLess(t *testing.T) {
 	percent, limit := debug.SetGCPercent(400), debug.SetMemoryLimit(512<<20)
 	t.Cleanup(func() { debug.SetGCPercent(percent); debug.SetMemoryLimit(limit) })
@@ -106,6 +106,7 @@ func (l *told) project(t *testing.T, pool *pgxpool.Pool, m projections.Model) ti
 // replay is how long a replay takes to fill the new build, and how long until it is swapped in, verified.
 func (l *told) replay(t *testing.T, pool *pgxpool.Pool, m projections.Model) (filled, all time.Duration) {
 	t.Helper()
+	defer debug.SetGCPercent(debug.SetGCPercent(100)) // as `wharf replay` does
 	e := l.engine(t, pool, m)
 	began := time.Now()
 	err := e.Replay(t.Context(), []string{m.Name}, postgres.ReplayOptions{}, func(p postgres.Progress) {
