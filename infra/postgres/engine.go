@@ -352,7 +352,6 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 			retry = backoff{}
 		case errors.As(err, &halt):
 			log.Error("a projection halts: it does not go on without help", "build", b.id, "err", err)
-			e.recordHalt(whileKept, b.build, partition, err, log)
 			e.awaitRepair(whileKept, b.build, partition, epoch, err, log)
 		default:
 			if time.Since(began) > time.Minute {
@@ -393,9 +392,9 @@ func (e *Engine) follow(ctx context.Context, m projections.Model, b build, parti
 	return t.epoch, err
 }
 
-// awaitRepair returns when somebody has repaired the task since the epoch, or ctx ends.
+// awaitRepair shows everybody why the task is halted, and returns when somebody has repaired it since the epoch, or ctx ends.
 func (e *Engine) awaitRepair(ctx context.Context, b build, partition int32, epoch int64, halt error, log *slog.Logger) {
-	for pause(ctx, 4*e.Poll) {
+	for {
 		var now int64
 		var shown string
 		row := e.pool.QueryRow(ctx, "SELECT epoch, error FROM wharf.tasks WHERE build = $1 AND partition = $2", b.id, partition)
@@ -403,8 +402,11 @@ func (e *Engine) awaitRepair(ctx context.Context, b build, partition int32, epoc
 		case err != nil:
 		case now != epoch:
 			return
-		case shown == "": // whoever ran the task before this projector, and still did for a moment, has cleared it
+		case shown != halt.Error(): // or whoever ran the task before, and still did for a moment, has cleared it
 			e.recordHalt(ctx, b, partition, halt, log)
+		}
+		if !pause(ctx, 4*e.Poll) {
+			return
 		}
 	}
 }
