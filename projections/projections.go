@@ -19,6 +19,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/go-json-experiment/json/jsontext"
 	fastjson "github.com/go-json-experiment/json/v1" // what encoding/json will be made of: the same in half of the time
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
@@ -87,7 +88,8 @@ type Event struct {
 
 // Spec is what the author of a read model writes. K is the key and R the rest of a row, two structs whose fields are
 // the columns in order; each field has a tag `db:"<column> <Postgres type>"`. A field of the type json may be anything
-// that encoding/json writes; all others are strings, whole numbers, bools, times or UUIDs. No column is ever null.
+// that encoding/json writes; all others are strings (text, varchar), whole numbers (int, bigint), bools (bool), times
+// (timestamptz) or UUIDs (uuid). No column is ever null.
 //
 // A projector's task has one partition number of all topics, and alone writes the rows of its keys. So a key is either
 // one field, the id of a stream of that partition, or it contains a field Partition int32.
@@ -136,16 +138,17 @@ type Model struct {
 
 // Rows works on the rows of one read model. A key is comparable; a row is a pointer, nobody else's than the caller's.
 type Rows interface {
-	Touched(Event) []any                     // keys
-	New() any                                // a new row
-	Apply(key, row any, e Event)             // changes the row, or panics and leaves it as it was
-	Clone(row any) any                       // a row that Apply changes apart from this one
-	Values(key, row any) ([]any, error)      // of all columns, as pgx takes them for the columns' types
-	KeyValues(key any) []any                 // of the key's columns
-	KeyText(key any) string                  // the key's columns as text, with / between
-	ParseKey(text string) (any, error)       // reverses KeyText
-	Scan(pgx.Row) (key, row any, err error)  // reverses Values
-	Owner(key any) (stream string, p *int32) // where the key lives: with that stream, or in that partition
+	Touched(Event) []any                                // keys
+	New() any                                           // a new row
+	Apply(key, row any, e Event)                        // changes the row, or panics and leaves it as it was
+	Clone(row any) any                                  // a row that Apply changes apart from this one
+	Values(key, row any) ([]any, error)                 // of all columns, as pgx takes them for the columns' types
+	AppendCopy(to []byte, key, row any) ([]byte, error) // the same in the format of COPY
+	KeyValues(key any) []any                            // of the key's columns
+	KeyText(key any) string                             // the key's columns as text, with / between
+	ParseKey(text string) (any, error)                  // reverses KeyText
+	Scan(pgx.Row) (key, row any, err error)             // reverses Values
+	Owner(key any) (stream string, p *int32)            // where the key lives: with that stream, or in that partition
 }
 
 // Define makes the read model. It panics when the spec is no good: a slip of the programmer, found by the first test.
@@ -220,11 +223,24 @@ func (m Model) Decode(r domain.Recorded) (e Event, listens bool, err error) {
 	if fact, brief := m.brief[r.Name]; brief {
 		return Event{r, fact}, true, nil
 	}
-	fact, err := vocabulary.DecodeBy(fastjson.Unmarshal, r.Name, r.Data)
+	fact, err := vocabulary.DecodeBy(decode, r.Name, r.Data)
 	if err != nil {
 		return Event{Recorded: r}, true, fmt.Errorf("%w: %w", ErrUndecodable, err)
 	}
 	return Event{r, fact}, true, nil
+}
+
+// decode is encoding/json's Unmarshal.
+func decode(data []byte, to any) error {
+	if _, opaque := to.(*something); opaque && isObject(data) {
+		return nil
+	}
+	return fastjson.Unmarshal(data, to)
+}
+
+// isObject says that the data is a JSON object.
+func isObject(data jsontext.Value) bool {
+	return data.Kind() == '{' && data.IsValid(jsontext.AllowDuplicateNames(true))
 }
 
 // hasNUL says that a string of the JSON has the character that Postgres does not take: \u0000, with a backslash that is not
@@ -257,6 +273,7 @@ type field struct {
 	reflect.StructField
 	column Column
 	index  int
+	encode encoder
 }
 
 func fieldsOf[T any](model string) (fields []field) {
@@ -266,7 +283,11 @@ func fieldsOf[T any](model string) (fields []field) {
 		if !ok {
 			panic(fmt.Sprintf("%s: the field %s.%s needs a tag db:\"column type\"", model, t.Name(), t.Field(i).Name))
 		}
-		fields = append(fields, field{t.Field(i), Column{name, typ}, i})
+		encode := encoderOf(t.Field(i).Type, typ)
+		if encode == nil {
+			panic(fmt.Sprintf("%s: the field %s.%s is no %s", model, t.Name(), t.Field(i).Name, typ))
+		}
+		fields = append(fields, field{t.Field(i), Column{name, typ}, i, encode})
 	}
 	return fields
 }

@@ -55,10 +55,14 @@ func newDatabase(t *testing.T) *pgxpool.Pool {
 }
 
 // engine is one that is set up on the log, with one read model.
-func (l *told) engine(t *testing.T, pool *pgxpool.Pool, m projections.Model) *postgres.Engine {
+func (l *told) engine(t *testing.T, pool *pgxpool.Pool, m projections.Model, adjust ...func(*postgres.Config)) *postgres.Engine {
 	t.Helper()
 	quiet := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError}))
-	e := postgres.New(pool, postgres.Config{Source: l.source, Partitions: partitions, Models: []projections.Model{m}, Logger: quiet})
+	c := postgres.Config{Source: l.source, Partitions: partitions, Models: []projections.Model{m}, Logger: quiet}
+	for _, a := range adjust {
+		a(&c)
+	}
+	e := postgres.New(pool, c)
 	if err := e.Setup(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -85,9 +89,9 @@ func start(t *testing.T, e *postgres.Engine) (stop func()) {
 }
 
 // project is how long live projection of the whole log takes.
-func (l *told) project(t *testing.T, pool *pgxpool.Pool, m projections.Model) time.Duration {
+func (l *told) project(t *testing.T, pool *pgxpool.Pool, m projections.Model, adjust ...func(*postgres.Config)) time.Duration {
 	t.Helper()
-	e := l.engine(t, pool, m)
+	e := l.engine(t, pool, m, adjust...)
 	began := time.Now()
 	stop := start(t, e)
 	defer stop()

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"net/http"
 	"reflect"
 	"runtime"
@@ -54,7 +55,7 @@ func (l *told) capture(t *testing.T, m projections.Model) *written {
 		t.Fatal(err)
 	}
 	defer pool.Close()
-	l.project(t, pool, m)
+	l.project(t, pool, m, func(c *postgres.Config) { c.Copy = math.MaxInt })
 	return w
 }
 

@@ -86,6 +86,9 @@ func conform(t *testing.T, m projections.Model, s *shop) {
 					c.Source = func(topic string) journal.Reader {
 						return hesitant{s.reader(topic), &sync.Mutex{}, rand.New(rand.NewPCG(seed, uint64(len(topic))))}
 					}
+					if seed == 1 {
+						c.Copy = 1
+					}
 				})
 				start(t, e)
 				s.caughtUp(t, pool)
@@ -107,7 +110,9 @@ func conform(t *testing.T, m projections.Model, s *shop) {
 			verify(t, e, 0)
 		}
 	})
-	t.Run("cut off anywhere", func(t *testing.T) { cutOffAnywhere(t, m, s, want) })
+	for _, copied := range []int{1, 1000} {
+		t.Run(fmt.Sprintf("cut off anywhere, with COPY from %d rows on", copied), func(t *testing.T) { cutOffAnywhere(t, m, s, want, copied) })
+	}
 }
 
 // hesitant hands out a few records at a time, and pauses before some, so that topics come in many orders.
@@ -242,11 +247,11 @@ func keyText(t *testing.T, m projections.Model, key any) string {
 }
 
 // cuts is at how many places of a run the connection is cut, each once before and once after what was under way is done.
-const cuts = 10
+const cuts = 6
 
 // cutOffAnywhere breaks the connection to the database before or after a read or a write, and sees that what begins anew
 // comes to the same rows.
-func cutOffAnywhere(t *testing.T, m projections.Model, s *shop, want map[string]string) {
+func cutOffAnywhere(t *testing.T, m projections.Model, s *shop, want map[string]string, copied int) {
 	pool := openTest(t)
 	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{m} })
 	table := one[string](t, pool, "SELECT 'wharf_build_' || id || '.' || quote_ident(model) FROM wharf.builds WHERE state = 'live'")
@@ -265,7 +270,7 @@ func cutOffAnywhere(t *testing.T, m projections.Model, s *shop, want map[string]
 		}
 		defer faulty.Close()
 		c := e.Config
-		c.Poll = 20 * time.Millisecond
+		c.Poll, c.Copy = 20*time.Millisecond, copied
 		stop := start(t, New(faulty, c))
 		defer stop()
 		s.caughtUp(t, pool)

@@ -29,6 +29,7 @@ type Config struct {
 	Models   []projections.Model // projections.All
 	Interval time.Duration       // how long a position that changed no rows waits to be stored at most; 1 second
 	Batch    int                 // most events in one transaction; 5,000
+	Copy     int                 // as many new rows are written by COPY, which takes more round trips than INSERT and less time; 100
 	Grace    time.Duration       // how long a build that is not needed any more is kept for the queries on it; 1 minute
 	Keep     time.Duration       // how long the previous build is kept up to date, for a rollback; 1 hour
 	Verify   time.Duration       // between two verifications of all read models in the background; 0 for none
@@ -46,7 +47,7 @@ type Config struct {
 type Engine struct {
 	Config
 	pool  *pgxpool.Pool
-	bulk  limits
+	bulk  limits            // of those that fill one
 	turns map[string]*turns // of each model's tasks
 
 	mu      sync.Mutex
@@ -75,6 +76,9 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 	}
 	if c.Batch == 0 {
 		c.Batch = 5000
+	}
+	if c.Copy == 0 {
+		c.Copy = 100
 	}
 	if c.Grace == 0 {
 		c.Grace = time.Minute

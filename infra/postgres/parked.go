@@ -472,7 +472,7 @@ func (t *task) retry(ctx context.Context, tx pgx.Tx, recorded domain.Recorded) (
 		if err := t.take(event); err != nil || len(t.parked.fresh) > 0 {
 			return err
 		}
-		changed, err := t.changed()
+		changed, err := t.values(t.rows.dirty)
 		if err != nil {
 			return err
 		}
@@ -503,16 +503,4 @@ func (t *task) unpark(ctx context.Context, tx pgx.Tx, event domain.Recorded) err
 	_, err := tx.Exec(ctx, "DELETE FROM wharf.parked WHERE build = $1 AND partition = $2 AND topic = $3 AND seq = $4",
 		t.build.id, t.partition, event.Topic, event.Seq)
 	return err
-}
-
-// changed is the rows that are to be written.
-func (t *task) changed() (rows [][]any, err error) {
-	for _, r := range t.rows.dirty {
-		values, err := t.model.Values(r.key, r.row)
-		if err != nil {
-			return nil, &refusedError{err}
-		}
-		rows = append(rows, values)
-	}
-	return rows, nil
 }

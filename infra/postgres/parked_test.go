@@ -178,6 +178,12 @@ func verify(t *testing.T, e *Engine, want int64) (c Comparison) {
 
 // Of a batch that the table refuses only the event that is at fault is parked, in live projection and in a replay.
 func TestOneEventWhoseRowIsRefusedIsParked(t *testing.T) {
+	for _, copied := range []int{1, 1000} {
+		t.Run(fmt.Sprintf("COPY from %d rows on", copied), func(t *testing.T) { oneEventIsRefused(t, copied) })
+	}
+}
+
+func oneEventIsRefused(t *testing.T, copied int) {
 	var broken atomic.Bool
 	m := shelf(1, &broken)
 	s := newShop()
@@ -188,7 +194,7 @@ func TestOneEventWhoseRowIsRefusedIsParked(t *testing.T) {
 	s.tell("SKU3", inventory.Received{Quantity: 1})
 	s.tell("SKU4", inventory.Adjusted{Delta: 1, Reason: "found"})
 	pool := openTest(t)
-	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{m} })
+	e := newEngine(t, pool, s, func(c *Config) { c.Models, c.Copy = []projections.Model{m}, copied })
 	stop := start(t, e)
 	s.caughtUp(t, pool)
 	stop()

@@ -1,6 +1,7 @@
 package postgres
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -82,7 +84,7 @@ func (e *Engine) load(
 	ctx context.Context, pool *pgxpool.Pool, m projections.Model, b build, partition int32,
 ) (*task, error) {
 	t := &task{e: e, pool: pool, model: m, build: b, partition: partition,
-		limits: limits{e.Batch, batchBytes, cachedRows}, bulk: b.state == building,
+		limits: limits{e.Batch, batchBytes, cachedRows, e.Copy}, bulk: b.state == building,
 		log: e.Logger.With("model", m.Name, "build", b.id, "partition", partition)}
 	if !slices.Equal(m.Topics, b.topics) {
 		return nil, haltf("the build was made from the topics %v, and version %d of %s is made from %v: "+
@@ -116,6 +118,7 @@ type limits struct {
 	events int // in one batch
 	bytes  int // of data in one batch
 	rows   int // kept in memory
+	copied int // new rows that are worth a COPY
 }
 
 const (
@@ -637,17 +640,20 @@ func (t *task) flush(ctx context.Context) error {
 	if slices.Equal(t.at.offsets, t.stored.offsets) && slices.Equal(t.at.seqs, t.stored.seqs) {
 		return nil
 	}
-	var fresh, changed [][]any
+	var fresh, changed []*cached
 	for _, r := range t.rows.dirty {
-		values, err := t.model.Values(r.key, r.row)
-		if err != nil {
-			return &refusedError{err}
-		}
-		if t.bulk && !r.stored {
-			fresh = append(fresh, values)
+		if r.stored {
+			changed = append(changed, r)
 		} else {
-			changed = append(changed, values)
+			fresh = append(fresh, r)
 		}
+	}
+	if len(fresh) < t.limits.copied {
+		fresh, changed = nil, t.rows.dirty
+	}
+	values, err := t.values(changed)
+	if err != nil {
+		return err
 	}
 	events := int64(0)
 	for i := range t.at.seqs {
@@ -657,23 +663,26 @@ func (t *task) flush(ctx context.Context) error {
 	batch.Queue("SELECT wharf.advance($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)", t.build.id, t.partition, t.build.state,
 		t.epoch, t.stored.offsets, t.stored.seqs, t.at.offsets, t.at.seqs, t.at.skipped, events, t.at.seen)
 	if len(changed) > 0 {
-		batch.Queue(t.upsert(), arrays(t.model.Columns, changed)...)
+		batch.Queue(t.upsert(), arrays(t.model.Columns, values)...)
 	}
 	if err := t.parked.queue(batch, t.build.id, t.partition); err != nil {
 		return err
 	}
-	var err error
 	if len(fresh) == 0 {
 		err = t.pool.SendBatch(ctx, batch).Close() // one round trip, and one transaction
 	} else {
+		rows := &copied{model: t.model, rows: fresh}
+		rows.buf.WriteString(copyHeader)
 		err = pgx.BeginFunc(ctx, t.pool, func(tx pgx.Tx) error {
 			if err := tx.SendBatch(ctx, batch).Close(); err != nil {
 				return err
 			}
-			table := pgx.Identifier{t.build.schema(), t.build.model}
-			_, err := tx.CopyFrom(ctx, table, names(t.model), pgx.CopyFromRows(fresh))
+			_, err := tx.Conn().PgConn().CopyFrom(ctx, rows, t.copyFrom())
 			return err
 		})
+		if refused := rows.refused.Load(); refused != nil {
+			return refused
+		}
 	}
 	if err != nil {
 		return t.failed(err)
@@ -712,6 +721,50 @@ func (t *task) upsert() string {
 		sets[i] = quote(c.Name) + " = EXCLUDED." + quote(c.Name)
 	}
 	return sql + " ON CONFLICT (" + columnNames(key) + ") DO UPDATE SET " + strings.Join(sets, ", ")
+}
+
+func (t *task) copyFrom() string {
+	return "COPY " + t.build.table() + " (" + columnNames(t.model.Columns) + ") FROM STDIN (FORMAT binary)"
+}
+
+// values is the rows as arrays takes them.
+func (t *task) values(rows []*cached) (all [][]any, err error) {
+	for _, r := range rows {
+		values, err := t.model.Values(r.key, r.row)
+		if err != nil {
+			return nil, &refusedError{err}
+		}
+		all = append(all, values)
+	}
+	return all, nil
+}
+
+// copied reads as rows do in COPY, in binary. It begins with copyHeader, and there is one row at least.
+type copied struct {
+	model   projections.Model
+	rows    []*cached // to come
+	buf     bytes.Buffer
+	refused atomic.Pointer[refusedError] // a row that no table can hold; pgx may still be reading when it gives up
+}
+
+const (
+	copyHeader  = "PGCOPY\n\xff\r\n\x00" + "\x00\x00\x00\x00" + "\x00\x00\x00\x00"
+	copyTrailer = "\xff\xff"
+)
+
+func (c *copied) Read(to []byte) (int, error) {
+	for len(c.rows) > 0 && c.buf.Len() < len(to) {
+		row, err := c.model.AppendCopy(c.buf.AvailableBuffer(), c.rows[0].key, c.rows[0].row)
+		if err != nil {
+			c.refused.Store(&refusedError{err})
+			return 0, err
+		}
+		c.buf.Write(row)
+		if c.rows = c.rows[1:]; len(c.rows) == 0 {
+			c.buf.WriteString(copyTrailer)
+		}
+	}
+	return c.buf.Read(to)
 }
 
 // rowCache is rows in memory. The task alone writes them, so what is here need not be read again. When there are more
