@@ -16,8 +16,12 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strings"
+	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // mutant is one patch. Its first lines say "Guarantee: …" and, where it applies, "Test: …" (a package and flags of
@@ -28,8 +32,9 @@ type mutant struct {
 }
 
 var (
-	seeds = flag.Int("seeds", 5000, "seeds that a mutant may survive")
-	only  = flag.String("only", "", "run the mutants whose names match this regular expression")
+	seeds    = flag.Int("seeds", 5000, "seeds that a mutant may survive")
+	parallel = flag.Int("parallel", runtime.GOMAXPROCS(0)+1, "mutants at once; some wait for what does not come")
+	only     = flag.String("only", "", "run the mutants whose names match this regular expression")
 )
 
 func main() {
@@ -48,26 +53,37 @@ func run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	var mu sync.Mutex
 	counts := map[string]int{}
+	attacks, ctx := errgroup.WithContext(ctx)
+	attacks.SetLimit(*parallel)
 	for _, m := range all {
-		began := time.Now()
-		how, err := m.attack(ctx)
-		if ctx.Err() != nil {
-			return errors.New("interrupted")
-		}
-		fate := "caught"
-		switch {
-		case err != nil:
-			fate, how = "SURVIVED", err.Error()
-		case how == "" && m.harmless != "":
-			fate, how = "harmless", m.harmless
-		case how == "":
-			fate, how = "SURVIVED", fmt.Sprint(*seeds, " seeds")
-		case m.harmless != "":
-			fate, how = "SURVIVED", how+", but it is said to be harmless"
-		}
-		counts[fate]++
-		fmt.Printf("%-28s ─▶ %-75s ─▶ %s: %s (%.0f s)\n", m.name, m.guarantee, fate, how, time.Since(began).Seconds())
+		attacks.Go(func() error {
+			began := time.Now()
+			how, err := m.attack(ctx)
+			if ctx.Err() != nil {
+				return errors.New("interrupted")
+			}
+			fate := "caught"
+			switch {
+			case err != nil:
+				fate, how = "SURVIVED", err.Error()
+			case how == "" && m.harmless != "":
+				fate, how = "harmless", m.harmless
+			case how == "":
+				fate, how = "SURVIVED", fmt.Sprint(*seeds, " seeds")
+			case m.harmless != "":
+				fate, how = "SURVIVED", how+", but it is said to be harmless"
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			counts[fate]++
+			fmt.Printf("%-28s ─▶ %-75s ─▶ %s: %s (%.0f s)\n", m.name, m.guarantee, fate, how, time.Since(began).Seconds())
+			return nil
+		})
+	}
+	if err := attacks.Wait(); err != nil {
+		return err
 	}
 	fmt.Printf("mutants: %d caught, %d survived, %d harmless\n", counts["caught"], counts["SURVIVED"], counts["harmless"])
 	if counts["SURVIVED"] > 0 {
@@ -131,7 +147,7 @@ func (m mutant) attack(ctx context.Context) (how string, err error) {
 		test = "./infra/journal -run ^TestSimulation$ -args -brief -seeds " + fmt.Sprint(*seeds)
 	}
 	// Vet is off because a mutant is not meant to be good code.
-	args := append([]string{"test", "-count=1", "-vet=off", "-timeout=10m", "-overlay", overlay}, strings.Fields(test)...)
+	args := append([]string{"test", "-count=1", "-vet=off", "-failfast", "-ldflags=-w", "-timeout=10m", "-overlay", overlay}, strings.Fields(test)...)
 	command := exec.CommandContext(ctx, "go", args...)
 	out, err := command.CombinedOutput()
 	var exit *exec.ExitError
