@@ -119,7 +119,7 @@ func scanHistory(row pgx.Row) (h HistoryEntry, err error) {
 type historyList struct {
 	Consistency
 	ID OrderID `path:"id"`
-	Page
+	Page[historyCursor]
 }
 
 type historyCursor struct {

@@ -69,23 +69,31 @@ type List[T any] struct {
 
 const maxLimit = 200
 
-// Page is the part of a list that is asked for. Pages are cut by key, so entities that come in meanwhile make no
+// Page is the part of a list that is asked for. Pages are cut by the key C, so entities that come in meanwhile make no
 // other appear twice or not at all.
-type Page struct {
+type Page[C any] struct {
 	Limit  int    `query:"limit" minimum:"1" default:"50" doc:"How many; more than 200 is cut to 200."`
 	Cursor string `query:"cursor" maxLength:"2000" doc:"Where to go on: taken from the Link of the page before. Opaque."`
 
-	url url.URL
+	url   url.URL
+	after C
 }
 
 // Resolve implements huma.Resolver.
-func (p *Page) Resolve(c huma.Context) []error {
+func (p *Page[C]) Resolve(c huma.Context) []error {
 	p.url = c.URL()
-	return nil
+	if p.Cursor == "" {
+		return nil
+	}
+	var ok bool
+	if p.after, ok = decodeCursor[C](p.Cursor); ok {
+		return nil
+	}
+	return []error{&huma.ErrorDetail{Location: "query.cursor", Message: "expected what the Link of the page before says"}}
 }
 
 // next is the link to the page that begins after the cursor, with the other parameters as they are.
-func (p *Page) next(cursor string) string {
+func (p *Page[C]) next(cursor string) string {
 	q := p.url.Query()
 	q.Set("cursor", cursor)
 	return "<" + p.url.EscapedPath() + "?" + q.Encode() + `>; rel="next"`
@@ -99,13 +107,9 @@ type keyset[T, C any] struct {
 	cursor func(T) C // the item's key
 }
 
-func list[T, C any](ctx context.Context, db DB, p Page, q *query, k keyset[T, C]) (*List[T], error) {
+func list[T, C any](ctx context.Context, db DB, p Page[C], q *query, k keyset[T, C]) (*List[T], error) {
 	if p.Cursor != "" {
-		c, ok := decodeCursor[C](p.Cursor)
-		if !ok {
-			return nil, invalid("query.cursor", "expected what the Link of the page before says")
-		}
-		k.after(c)
+		k.after(p.after)
 	}
 	limit := min(p.Limit, maxLimit)
 	found, err := db.Query(ctx, q.text(k.order, limit+1), q.args...)
@@ -170,11 +174,6 @@ func (q *query) text(order string, limit int) string {
 		text += " GROUP BY " + q.group
 	}
 	return text + " ORDER BY " + order + " LIMIT " + strconv.Itoa(limit)
-}
-
-func invalid(location, message string) error {
-	detail := &huma.ErrorDetail{Location: location, Message: message}
-	return huma.Error422UnprocessableEntity("validation failed", detail)
 }
 
 // OrderID is an order's id in a path: a UUID in any letter case.

@@ -62,7 +62,7 @@ func scanLedger(row pgx.Row) (l LedgerLine, err error) {
 
 type ledgerList struct {
 	Consistency
-	Page
+	Page[ledgerCursor]
 }
 
 type ledgerCursor struct {

@@ -146,7 +146,7 @@ func scanOrder(row pgx.Row, more ...any) (o Order, err error) {
 
 type orderList struct {
 	Consistency
-	Page
+	Page[orderCursor]
 	Customer name   `query:"customer" doc:"Only those of this customer."`
 	Status   string `query:"status" enum:"placed,stock_confirmed,confirmed,cancelling,shipped,delivered,rejected,cancelled,expired" doc:"Only those in this state."`
 }

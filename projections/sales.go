@@ -78,7 +78,7 @@ func scanSales(row pgx.Row) (s SalesLine, err error) {
 
 type salesList struct {
 	Consistency
-	Page
+	Page[salesCursor]
 	From string `query:"from" format:"date" doc:"The first UTC day wanted, YYYY-MM-DD."`
 	To   string `query:"to" format:"date" doc:"The last UTC day wanted, YYYY-MM-DD."`
 }

@@ -61,7 +61,7 @@ func scanShipment(row pgx.Row) (s Shipment, err error) {
 
 type shipmentList struct {
 	Consistency
-	Page
+	Page[shipmentCursor]
 	Status string `query:"status" enum:"created,dispatched,delivered,cancelled" doc:"Only those in this state."`
 }
 

@@ -74,7 +74,7 @@ func scanStock(row pgx.Row) (s StockItem, err error) {
 
 type stockList struct {
 	Consistency
-	Page
+	Page[stockCursor]
 }
 
 type stockOne struct {

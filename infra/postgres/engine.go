@@ -419,7 +419,7 @@ func (e *Engine) awaitRepair(ctx context.Context, b build, partition int32, epoc
 func (e *Engine) recordHalt(ctx context.Context, b build, partition int32, halt error, log *slog.Logger) {
 	for retry := (backoff{}); ; {
 		_, err := e.pool.Exec(ctx, "UPDATE wharf.tasks SET error = $3 WHERE build = $1 AND partition = $2",
-			b.id, partition, halt.Error())
+			b.id, partition, legible(halt.Error()))
 		if err == nil || !retry.sleep(ctx) {
 			return
 		}

@@ -35,12 +35,20 @@ func ParseMoment(s string) (Moment, error) {
 	return Moment{Position: p}, nil
 }
 
-// Before says that this moment is certainly before the other: both are times, or places of one partition.
+// Before says that this moment is certainly before the other. Both are times, or places of one partition, or they have been
+// resolved.
 func (m Moment) Before(o Moment) bool {
-	if m.Position.Topic != "" || o.Position.Topic != "" {
-		return m.Position.Topic == o.Position.Topic && m.Position.Partition == o.Position.Partition && m.Position.Seq < o.Position.Seq
+	if p, q := m.Position, o.Position; p.Topic != "" && p.Topic == q.Topic && p.Partition == q.Partition {
+		return p.Seq < q.Seq
 	}
-	return m.Time.Before(o.Time)
+	return !m.Time.IsZero() && m.Time.Before(o.Time)
+}
+
+func (m Moment) String() string {
+	if m.Position.Topic != "" {
+		return m.Position.String()
+	}
+	return m.Time.Format(time.RFC3339Nano)
 }
 
 // covers says whether the event had happened at the moment.
@@ -302,6 +310,9 @@ func (e *Engine) inspect(ctx context.Context, m projections.Model, part Part, pr
 				return err
 			}
 		}
+	}
+	if part.From != nil && part.Until != nil && part.Until.Before(*part.From) {
+		return fmt.Errorf("there is nothing between: %s was recorded before %s", part.Until, part.From)
 	}
 	var wanted func(key any) bool
 	if part.Key != "" {

@@ -212,6 +212,10 @@ func TestAPartIsBuiltForInspection(t *testing.T) {
 	if got := one[string](t, pool, "SELECT string_agg(customer || ' ' || status, ', ') FROM "+last.Table); got != "C cancelled" {
 		t.Errorf("the part is %s", got)
 	}
+	early := Moment{Time: time.Unix(1, 0)}
+	if err := e.Inspect(t.Context(), "orders", Part{From: &until, Until: &early}, tell); err == nil || !strings.Contains(err.Error(), "there is nothing between") {
+		t.Errorf("up to a time before the position: %v", err)
+	}
 	if err := e.Inspect(t.Context(), "orders", Part{Key: orderID(9)}, tell); !errors.Is(err, ErrNoRow) {
 		t.Errorf("no such row: %v", err)
 	}

@@ -296,6 +296,13 @@ func TestBadQuestionsAreRefusedByName(t *testing.T) {
 			t.Errorf("GET %s: %d %s, want a 422 that names %s", path, w.Code, w.Body, field)
 		}
 	}
+	// A question that is no good need not wait for anything.
+	r := httptest.NewRequest(http.MethodGet, "/orders?cursor=x", nil)
+	r.Header.Set("Consistency-Token", "orders.events/0/1000000")
+	w := httptest.NewRecorder()
+	if a.handler.ServeHTTP(w, r); w.Code != http.StatusUnprocessableEntity {
+		t.Errorf("a cursor that is none, with a token of what is yet to come: %d %s", w.Code, w.Body)
+	}
 	// The edge knows what to make of this error; here it is huma's 500.
 	for _, path := range []string{"/orders/" + orderID(4), "/orders/" + orderID(5), "/orders/" + orderID(4) + "/history",
 		"/payments/" + orderID(4), "/shipments/" + orderID(4), "/stock/nothing"} {
