@@ -406,7 +406,7 @@ func (e *Engine) awaitRepair(ctx context.Context, b build, partition int32, epoc
 		case err != nil:
 		case now != epoch:
 			return
-		case shown != halt.Error(): // or whoever ran the task before, and still did for a moment, has cleared it
+		case shown != legible(halt.Error()): // or whoever ran the task before, and still did for a moment, has cleared it
 			e.recordHalt(ctx, b, partition, halt, log)
 		}
 		if !pause(ctx, 4*e.Poll) {
