@@ -394,6 +394,9 @@ func appendValues(to []any, fields []field, v reflect.Value) ([]any, error) {
 			x := value.Interface()
 			data, raw := x.(json.RawMessage) // which stays as it is
 			if !raw {
+				if value.CanAddr() { // it may have a MarshalJSON of its pointer
+					x = value.Addr().Interface()
+				}
 				var err error
 				if data, err = fastjson.Marshal(x); err != nil {
 					return nil, err

@@ -234,6 +234,11 @@ type allKey struct {
 	Partition int32 `db:"partition int"`
 }
 
+// ownJSON has a MarshalJSON that only a pointer has.
+type ownJSON struct{ N int }
+
+func (o *ownJSON) MarshalJSON() ([]byte, error) { return fmt.Appendf(nil, "[%d]", o.N), nil }
+
 type allRow struct {
 	Text    string          `db:"text text"`
 	Short   string          `db:"short varchar(20)"`
@@ -243,6 +248,7 @@ type allRow struct {
 	Time    time.Time       `db:"time timestamptz"`
 	ID      uuid.UUID       `db:"id uuid"`
 	JSON    map[string]int  `db:"json json"`
+	Own     ownJSON         `db:"own json"`
 	RawJSON json.RawMessage `db:"raw_json json"`
 }
 
@@ -279,7 +285,7 @@ func TestCopyWritesWhatInsertWrites(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		same(t, all, allKey{math.MaxInt32}, &allRow{"é\"", "x", math.MinInt16, math.MinInt64, true, when, uuid.New(), map[string]int{"<": 1}, []byte(`{"b": 1,"a":[]}`)})
+		same(t, all, allKey{math.MaxInt32}, &allRow{"é\"", "x", math.MinInt16, math.MinInt64, true, when, uuid.New(), map[string]int{"<": 1}, ownJSON{7}, []byte(`{"b": 1,"a":[]}`)})
 	}
 	same(t, all, allKey{math.MinInt32}, &allRow{Time: time.Unix(0, 0), RawJSON: []byte("null")})
 	for _, m := range All {

@@ -78,7 +78,7 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 		c.Batch = 5000
 	}
 	if c.Copy == 0 {
-		c.Copy = 100
+		c.Copy = copiedRows
 	}
 	if c.Grace == 0 {
 		c.Grace = time.Minute

@@ -9,11 +9,13 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/jackc/pgx/v5"
 	"go.uber.org/goleak"
 
+	"wharf/domain"
 	"wharf/domain/inventory"
 	"wharf/domain/orders"
 	"wharf/domain/payments"
@@ -117,6 +119,41 @@ func TestNothingIsLostOrDoubledWhateverIsCutOff(t *testing.T) {
 	}
 	if n := one[int64](t, pool, "SELECT sum(orders)::bigint FROM wharf_read.sales"); n != 150 {
 		t.Errorf("%d orders were sold, want 150", n)
+	}
+}
+
+type dayKey struct {
+	Partition int32     `db:"partition int"`
+	Day       time.Time `db:"day timestamptz"`
+}
+
+type dayRow struct {
+	Units int64 `db:"units bigint"`
+}
+
+// A row that is read from the table is the one of its key: times are equal only if their zones are, too.
+func TestATimeInAKeyIsTheSameAfterARestart(t *testing.T) {
+	m := projections.Define(projections.Spec[dayKey, dayRow]{Name: "days", Version: 1,
+		Events: map[string]domain.Events{projections.InventoryTopic: inventory.Events},
+		Keys: func(e projections.Event) []dayKey {
+			return []dayKey{{e.Partition, e.Time.Truncate(1000 * time.Hour)}}
+		},
+		Apply: func(_ dayKey, r dayRow, e projections.Event) dayRow {
+			r.Units += e.Fact.(inventory.Received).Quantity
+			return r
+		},
+	})
+	s := newShop()
+	pool := openTest(t)
+	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{m} })
+	for range 3 {
+		s.tell("SKU", inventory.Received{Quantity: 1})
+		stop := start(t, e)
+		s.caughtUp(t, pool)
+		stop()
+	}
+	if n := one[int64](t, pool, "SELECT sum(units)::bigint FROM wharf_read.days"); n != 3 {
+		t.Errorf("%d units, want 3", n)
 	}
 }
 

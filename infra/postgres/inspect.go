@@ -35,8 +35,8 @@ func ParseMoment(s string) (Moment, error) {
 	return Moment{Position: p}, nil
 }
 
-// Before says that this moment is certainly before the other. Both are times, or places of one partition, or they have been
-// resolved.
+// Before says that this moment is before the other, by the clocks of who recorded them if they are not places of one partition.
+// Both are times, or such places, or they have been resolved.
 func (m Moment) Before(o Moment) bool {
 	if p, q := m.Position, o.Position; p.Topic != "" && p.Topic == q.Topic && p.Partition == q.Partition {
 		return p.Seq < q.Seq

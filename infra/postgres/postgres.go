@@ -77,6 +77,8 @@ func open(ctx context.Context, url, role string, adjust func(*pgxpool.Config)) (
 		pgxuuid.Register(conn.TypeMap()) // else a UUID goes by its text
 		conn.TypeMap().RegisterType(&pgtype.Type{Name: "json", OID: pgtype.JSONOID,
 			Codec: &pgtype.JSONCodec{Marshal: fastjson.Marshal, Unmarshal: fastjson.Unmarshal}}) // as projections does
+		conn.TypeMap().RegisterType(&pgtype.Type{Name: "timestamptz", OID: pgtype.TimestamptzOID,
+			Codec: &pgtype.TimestamptzCodec{ScanLocation: time.UTC}}) // as events have it, or a key would not equal itself
 		return nil
 	}
 	adjust(c)

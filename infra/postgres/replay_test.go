@@ -118,6 +118,38 @@ func TestARowIsInMemoryOnlyWhileItsPartitionIsRead(t *testing.T) {
 	}
 }
 
+// A part is made of the whole log, but of no more rows than are asked for.
+func TestAPartOfOneKeyHoldsNoOtherRow(t *testing.T) {
+	s := newShop()
+	for i := range 50 {
+		s.order(i, 1)
+	}
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	r, end, err := e.begin(t.Context(), projections.Orders, func(Progress) {}, forLooking)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer end(&err)
+	for _, task := range r.tasks {
+		task.wanted = matcher(projections.Orders, orderID(7))
+		until := make([]int64, len(task.model.Topics))
+		for i, topic := range task.model.Topics {
+			if until[i], err = s.reader(topic).End(t.Context(), task.partition); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err = task.run(t.Context(), until); err != nil {
+			t.Fatal(err)
+		}
+		for key := range task.rows.young {
+			if !task.wanted(key) {
+				t.Errorf("the row %v is in memory", key)
+			}
+		}
+	}
+}
+
 // While orders come in and builds are swapped again and again, queries never fail and never see less than before; in
 // the end all is as if nothing had been swapped.
 func TestQueriesAndLiveProjectionGoOnDuringReplays(t *testing.T) {

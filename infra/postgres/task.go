@@ -124,13 +124,14 @@ type limits struct {
 const (
 	batchBytes = 8 << 20
 	cachedRows = 500
+	copiedRows = 100
 
 	// A position without rows is stored so that a transaction's time is such a part of all the time.
 	emptyShare = 100
 )
 
 // bulkLimits are those of a task that fills a build.
-var bulkLimits = limits{events: 20_000, bytes: 16 << 20, rows: 5_000}
+var bulkLimits = limits{events: 20_000, bytes: 16 << 20, rows: 5_000, copied: copiedRows}
 
 // run follows the topics until ctx ends, or an error, or until it is at the given offset of each topic, if there are any,
 // or beyond, and has stored that. It never reads beyond them. It can be run again then. When the table refuses a row, it goes over the batch again,
@@ -397,18 +398,18 @@ func (t *task) fold(ctx context.Context, b batch) error {
 	for _, c := range b.chunks {
 		for i := range c.events {
 			keys, err := t.keysOf(&c.events[i])
-			touches = append(touches, touch{&c.events[i], keys, err})
+			if err == nil && t.wanted != nil && !slices.ContainsFunc(keys, t.wanted) {
+				continue
+			}
+			touches = append(touches, touch{&c.events[i], c.topic, keys, err})
 		}
 	}
 	if err := t.fetch(ctx, t.pool, touches...); err != nil {
 		return err
 	}
-	for _, c := range b.chunks {
-		for range c.events {
-			if err := t.takeOne(ctx, c.topic, touches[0]); err != nil {
-				return err
-			}
-			touches = touches[1:]
+	for _, event := range touches {
+		if err := t.takeOne(ctx, event); err != nil {
+			return err
 		}
 	}
 	b.at.skipped += t.at.skipped
@@ -419,8 +420,9 @@ func (t *task) fold(ctx context.Context, b batch) error {
 // touch is an event and the rows that it touches.
 type touch struct {
 	*arrival
-	keys []any
-	err  error // why it cannot be applied
+	topic int
+	keys  []any
+	err   error // why it cannot be applied
 }
 
 // keysOf is the keys of the rows that the event touches.
@@ -436,7 +438,8 @@ func (t *task) keysOf(event *arrival) (keys []any, err error) {
 	return t.model.Touched(event.Event), nil
 }
 
-func (t *task) takeOne(ctx context.Context, topic int, event touch) error {
+func (t *task) takeOne(ctx context.Context, event touch) error {
+	topic := event.topic
 	if event.offset >= t.careful.offset(topic) {
 		return t.take(event)
 	}
@@ -581,7 +584,8 @@ func (t *task) fetch(ctx context.Context, db querier, touches ...touch) error {
 func unnest(columns []projections.Column) string {
 	params := make([]string, len(columns))
 	for i, c := range columns {
-		params[i] = "$" + strconv.Itoa(i+1) + "::" + c.Type + "[]"
+		typ, _, _ := strings.Cut(c.Type, "(") // a cast to a length would cut a text off, which the table refuses
+		params[i] = "$" + strconv.Itoa(i+1) + "::" + typ + "[]"
 	}
 	return "unnest(" + strings.Join(params, ", ") + ")"
 }
