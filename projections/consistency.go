@@ -26,11 +26,16 @@ type BehindError struct {
 	Model  string
 	Wanted domain.Position
 	Seen   int64 // events of that partition
+	Halted bool  // it does not go on by itself
 }
 
 func (e *BehindError) Error() string {
-	return fmt.Sprintf("the read model %s has seen %d events of %s partition %d, and not yet event %d",
+	text := fmt.Sprintf("the read model %s has seen %d events of %s partition %d, and not yet event %d",
 		e.Model, e.Seen, e.Wanted.Topic, e.Wanted.Partition, e.Wanted.Seq)
+	if e.Halted {
+		text += "; it is halted there, and waits for help (GET /projections says why)"
+	}
+	return text
 }
 
 // How long a query waits for a position, unless it says otherwise, and at most.

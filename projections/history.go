@@ -60,7 +60,7 @@ var History = Define(Spec[historyKey, historyRow]{
 	},
 })
 
-// something is an event of which only the stream matters. Decoding it checks that its data is a JSON object.
+// something is an event of which only the stream matters. Decoding it checks that its data is a JSON object, or null.
 type something struct{}
 
 func (something) EventName() string { return "" }

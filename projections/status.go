@@ -64,7 +64,7 @@ type BuildStatus struct {
 	Rate       float64 `json:"rate" doc:"Events a second, lately."`
 	Parked     int64   `json:"parked" doc:"Events that could not be applied, and that wait for one of those."`
 	Skipped    int64   `json:"skipped,omitempty" doc:"Records that nobody could read, and that were left out."`
-	Error      string  `json:"error,omitempty" doc:"Why it is halted."`
+	Error      string  `json:"error,omitempty" doc:"Why it is halted, by partition."`
 	LastError  string  `json:"last_error,omitempty" doc:"What went wrong last, and passed; with the time."`
 
 	Verified *Verified      `json:"verified,omitempty" doc:"What the last verification of this build found, if there was one; a replay whose rows are those of the build before is one."`
@@ -255,7 +255,10 @@ func (s *Status) readBuilds(ctx context.Context, db DB) (places [][]place, err e
 		item.Rate += math.Round(b.Rate*10) / 10
 		item.LastError = max(item.LastError, b.LastError) // which begins with its time
 		if b.Error != "" {
-			item.Error = fmt.Sprintf("partition %d: %s", partition, b.Error)
+			if item.Error != "" {
+				item.Error += "; "
+			}
+			item.Error += fmt.Sprintf("partition %d: %s", partition, b.Error)
 			if item.State == StateLive {
 				item.State = StateHalted
 			}

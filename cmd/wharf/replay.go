@@ -215,9 +215,9 @@ func (c *replayCmd) sentence(r replayed) string {
 	case r.Comparison == nil:
 		return fmt.Sprintf("%s: %d rows in the table %s, which is dropped after %s", r.Name, r.Rows, r.Table, c.KeepBuilds)
 	}
-	text := fmt.Sprintf("%s is build %d now, made of %d events", r.Name, r.Build, r.Events)
+	text := fmt.Sprintf("%s is build %d now, made of %d records", r.Name, r.Build, r.Events)
 	if c.NoSwap {
-		text = fmt.Sprintf("%s: build %d was made of %d events and not swapped in: it is the table %s, which is dropped after %s",
+		text = fmt.Sprintf("%s: build %d was made of %d records and not swapped in: it is the table %s, which is dropped after %s",
 			r.Name, r.Build, r.Events, r.Table, c.KeepBuilds)
 	}
 	if !r.Comparison.Same() {

@@ -221,7 +221,7 @@ func (e *Engine) asOf(ctx context.Context, m projections.Model, at *Moment, left
 				}
 				if bad != nil && event.Fact == nil {
 					if r.Stream == s.Key {
-						return fmt.Errorf("event %s: %w", r.Position, bad)
+						return fmt.Errorf("event %s: %w; --as-of a position before it tells of what came before", r.Position, bad)
 					}
 					return nil
 				}
@@ -331,7 +331,7 @@ func (e *Engine) inspect(ctx context.Context, m projections.Model, part Part, pr
 			return (part.From == nil || !part.From.covers(e.Recorded) || part.From.Position == e.Position) &&
 				(part.Until == nil || part.Until.covers(e.Recorded))
 		}
-		t.wanted = wanted
+		t.wanted, t.quiet = wanted, true
 	}
 	if err := r.fill(ctx); err != nil {
 		return err

@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -61,15 +62,27 @@ type place struct {
 // keysOfParked are the keys that an event has when it is parked: its stream, the texts of its rows' keys, and the streams
 // that those rows tell of.
 func keysOfParked(m projections.Model, event touch) []string {
-	keys := []string{event.Stream}
+	keys := []string{short(event.Stream)}
 	for _, key := range event.keys {
-		for _, text := range []string{m.KeyText(key), streamOf(m, key)} {
+		for _, text := range []string{short(m.KeyText(key)), short(streamOf(m, key))} {
 			if text != "" && !slices.Contains(keys, text) {
 				keys = append(keys, text)
 			}
 		}
 	}
 	return keys
+}
+
+// longestKey is how many bytes of a parked event's key are kept as they are. An index takes some 2,700, and what is longer
+// than that is no key of a row either.
+const longestKey = 1000
+
+// short is the key, or its beginning and its hash if it is too long.
+func short(key string) string {
+	if len(key) <= longestKey {
+		return key
+	}
+	return fmt.Sprintf("%s…%x", strings.ToValidUTF8(key[:100], ""), sha256.Sum256([]byte(key)))
 }
 
 // streamOf is the stream that the row of the key tells of, if it tells of one.

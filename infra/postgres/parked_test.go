@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -227,6 +228,56 @@ func oneEventIsRefused(t *testing.T, copied int) {
 		t.Errorf("retried: %+v, %v", done, err)
 	}
 	check("retried")
+}
+
+// What is too long for an index, of the table and of parked events alike, is parked all the same.
+func TestAKeyThatNoIndexTakesIsParked(t *testing.T) {
+	random := make([]byte, 4500)
+	_, _ = rand.NewChaCha8([32]byte{}).Read(random)
+	long := base64.StdEncoding.EncodeToString(random)
+	s := newShop()
+	s.tell(long, inventory.Received{Quantity: 5})
+	s.tell(long+"!", inventory.Received{Quantity: 5})
+	s.tell(long, inventory.Received{Quantity: 5})
+	for i := range 50 {
+		s.tell(fmt.Sprint("SKU", i), inventory.Received{Quantity: 1})
+	}
+	pool := openTest(t)
+	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{projections.Stock} })
+	stop := start(t, e)
+	s.caughtUp(t, pool)
+	stop()
+	check := func(when string) {
+		t.Helper()
+		if n := one[int64](t, pool, "SELECT sum(received)::bigint FROM wharf_read.stock"); n != 50 {
+			t.Errorf("%s: %d units, want 50", when, n)
+		}
+		if n := one[int64](t, pool, "SELECT count(*) FROM wharf.parked JOIN wharf.builds b ON b.id = build WHERE b.state = 'live'"); n != 3 {
+			t.Errorf("%s: %d events are parked, want 3", when, n)
+		}
+	}
+	check("live")
+	if err := e.Replay(t.Context(), []string{"stock"}, ReplayOptions{}, func(Progress) {}); err != nil {
+		t.Error(err)
+	}
+	check("replayed")
+}
+
+// A halt is the end of it, also when it says that something was refused.
+func TestAHaltIsNoRefusal(t *testing.T) {
+	s := newShop()
+	s.tell("SKU", inventory.Received{Quantity: 5})
+	pool := openTest(t)
+	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{projections.Stock} })
+	for _, sql := range []string{"ALTER TABLE wharf.parked ADD CHECK (false)", "ALTER TABLE wharf_build_1.stock ADD CHECK (false)"} {
+		if _, err := pool.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	start(t, e)
+	eventually(t, "the task is halted", func() bool {
+		return strings.Contains(one[string](t, pool, "SELECT string_agg(error, '') FROM wharf.tasks"), "an event cannot be parked")
+	})
 }
 
 // An event of several rows is applied to all of them or none: they wait together.

@@ -20,7 +20,7 @@ type Positions struct {
 	least time.Duration // between two questions
 
 	mu      sync.Mutex
-	seen    map[seenAt]int64 // as of asked
+	seen    map[seenAt]reached // as of asked
 	asked   time.Time
 	waiting map[*waiter]struct{}
 	asking  bool
@@ -44,20 +44,26 @@ type seenAt struct {
 	partition    int32
 }
 
+// reached is how far it has come there.
+type reached struct {
+	seq    int64
+	halted bool
+}
+
 type waiter struct {
 	seenAt
 	seq    int64
 	done   chan struct{} // closed when it is there
 	looked chan struct{} // closed when it has been looked at once
 	once   bool
-	seen   int64
+	seen   reached
 }
 
 // Wait implements projections.Positions.
 func (p *Positions) Wait(ctx context.Context, model string, at domain.Position, most time.Duration) error {
 	w := &waiter{seenAt: seenAt{model, at.Topic, at.Partition}, seq: at.Seq, done: make(chan struct{}), looked: make(chan struct{})}
 	p.mu.Lock()
-	if p.seen[w.seenAt] >= w.seq && time.Since(p.asked) < fresh {
+	if p.seen[w.seenAt].seq >= w.seq && time.Since(p.asked) < fresh {
 		p.mu.Unlock()
 		return nil
 	}
@@ -86,7 +92,7 @@ func (p *Positions) Wait(ctx context.Context, model string, at domain.Position, 
 	case <-w.done:
 		return nil
 	default:
-		return &projections.BehindError{Model: model, Wanted: at, Seen: w.seen}
+		return &projections.BehindError{Model: model, Wanted: at, Seen: w.seen.seq, Halted: w.seen.halted}
 	}
 }
 
@@ -116,7 +122,7 @@ func (p *Positions) ask() {
 		}
 		for _, w := range asked {
 			w.seen = now[w.seenAt]
-			if _, waits := p.waiting[w]; waits && w.seen >= w.seq {
+			if _, waits := p.waiting[w]; waits && w.seen.seq >= w.seq {
 				delete(p.waiting, w)
 				close(w.done)
 			}
@@ -135,21 +141,22 @@ func (p *Positions) ask() {
 	}
 }
 
-func (p *Positions) read(models []string) (map[seenAt]int64, error) {
+func (p *Positions) read(models []string) (map[seenAt]reached, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), connectTimeout)
 	defer cancel()
-	rows, err := p.pool.Query(ctx, "SELECT model, topics, partition, seqs FROM wharf_read.builds WHERE state = 'live' AND model = ANY($1)", models)
+	rows, err := p.pool.Query(ctx, "SELECT model, topics, partition, seqs, error <> '' FROM wharf_read.builds WHERE state = 'live' AND model = ANY($1)", models)
 	if err != nil {
 		return nil, fmt.Errorf("read the positions: %w", err)
 	}
-	now := map[seenAt]int64{}
+	now := map[seenAt]reached{}
 	var at seenAt
 	var topics []string
 	var seqs []int64
-	_, err = pgx.ForEachRow(rows, []any{&at.model, &topics, &at.partition, &seqs}, func() error {
+	var halted bool
+	_, err = pgx.ForEachRow(rows, []any{&at.model, &topics, &at.partition, &seqs, &halted}, func() error {
 		for i, topic := range topics {
 			at.topic = topic
-			now[at] = seqs[i]
+			now[at] = reached{seqs[i], halted}
 		}
 		return nil
 	})

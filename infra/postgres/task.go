@@ -140,7 +140,8 @@ func (t *task) run(ctx context.Context, until []int64) error {
 	for {
 		err := t.follow(ctx, until)
 		var refused *refusedError
-		if !errors.As(err, &refused) && !errors.Is(err, errMoved) {
+		var halt *haltError
+		if errors.As(err, &halt) || !errors.As(err, &refused) && !errors.Is(err, errMoved) {
 			return err
 		}
 		upTo := t.at.clone()
@@ -536,7 +537,8 @@ func (t *task) own(key any, event projections.Event) error {
 		p = new(journal.Partition([]byte(stream), t.build.partitions))
 	}
 	if *p != t.partition {
-		return haltf("event %v of partition %d touches a row of %s that lives in partition %d",
+		return haltf("event %v of partition %d touches a row of %s that lives in partition %d: "+
+			"restore the topic as its service published it, and start what reads it anew",
 			event.Position, t.partition, t.model.Name, *p)
 	}
 	return nil
