@@ -33,6 +33,8 @@ type replayCmd struct {
 	Until        *string `placeholder:"WHEN" help:"Build only of what had happened by then: a position or a time. Never swapped in."`
 	Key          *string `help:"Build only the row of this key. Never swapped in."`
 
+	Parallel int `placeholder:"N" help:"How many partitions to read at once. Without it, one less than there are processors, which queries need."`
+
 	JSON bool `help:"Tell the progress on stderr and the result on stdout as JSON."`
 	keepFlag
 	storesFlag
@@ -50,6 +52,9 @@ func (c *replayCmd) Run(ctx context.Context) error {
 	}
 	if err := positive("--keep-builds", c.KeepBuilds); err != nil {
 		return err
+	}
+	if c.Parallel < 0 {
+		return usageError("--parallel is a number of partitions")
 	}
 	models, err := modelsOf(c.Models)
 	if err != nil {
@@ -75,6 +80,9 @@ func (c *replayCmd) Run(ctx context.Context) error {
 	return c.withEngine(ctx, "wharf-replay", c.KeepBuilds, func(ctx context.Context, _ *kafka.Client, engine *postgres.Engine) error {
 		if c.DryRun {
 			return c.dryRun(ctx, engine, models)
+		}
+		if c.Parallel > 0 {
+			engine.Parallel = c.Parallel
 		}
 		show, wait := c.progress()
 		results := []replayed{}

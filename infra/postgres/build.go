@@ -151,7 +151,7 @@ func primaryKey(m projections.Model) string {
 
 // finish makes the indexes.
 func finish(ctx context.Context, tx pgx.Tx, m projections.Model, b build) error {
-	var statements []string
+	statements := []string{"SET LOCAL max_parallel_maintenance_workers = 0"} // other processors are left to queries
 	if m.Append {
 		statements = append(statements, "ALTER TABLE "+b.table()+" ADD "+primaryKey(m))
 	}

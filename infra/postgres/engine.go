@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -30,6 +31,7 @@ type Config struct {
 	Interval time.Duration       // how long a position that changed no rows waits to be stored at most; 1 second
 	Batch    int                 // most events in one transaction; 5,000
 	Copy     int                 // as many new rows are written by COPY, which takes more round trips than INSERT and less time; 100
+	Parallel int                 // partitions of a build that are filled at once; one less than there are processors, which queries need
 	Grace    time.Duration       // how long a build that is not needed any more is kept for the queries on it; 1 minute
 	Keep     time.Duration       // how long the previous build is kept up to date, for a rollback; 1 hour
 	Verify   time.Duration       // between two verifications of all read models in the background; 0 for none
@@ -79,6 +81,9 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 	}
 	if c.Copy == 0 {
 		c.Copy = copiedRows
+	}
+	if c.Parallel == 0 {
+		c.Parallel = max(1, runtime.GOMAXPROCS(0)-1)
 	}
 	if c.Grace == 0 {
 		c.Grace = time.Minute

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -227,7 +226,7 @@ func (e *Engine) rollback(ctx context.Context, m projections.Model, progress fun
 // connection of the engine's.
 func (e *Engine) open(ctx context.Context, m projections.Model, progress func(Progress)) (*replay, func(), error) {
 	config := e.pool.Config()
-	config.MaxConns, config.MinConns, config.MinIdleConns = int32(runtime.GOMAXPROCS(0))+3, 0, 0
+	config.MaxConns, config.MinConns, config.MinIdleConns = int32(e.Parallel)+3, 0, 0
 	config.ConnConfig.RuntimeParams["application_name"] = whoami
 	pool, err := pgxpool.NewWithConfig(ctx, config)
 	if err != nil {
@@ -394,7 +393,7 @@ func (r *replay) ends(ctx context.Context, offsets [][]int64, replace func(int64
 // advance brings the build to these offsets, or beyond.
 func (r *replay) advance(ctx context.Context, until [][]int64) error {
 	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(runtime.GOMAXPROCS(0))
+	g.SetLimit(r.e.Parallel)
 	for p, t := range r.tasks {
 		g.Go(func() error {
 			for {

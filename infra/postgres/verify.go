@@ -321,8 +321,10 @@ func (r *replay) compare(ctx context.Context) (c Comparison, err error) {
 // compare compares two builds of the model in one snapshot.
 func compare(ctx context.Context, tx pgx.Tx, m projections.Model, old, fresh build) (c Comparison, err error) {
 	c = Comparison{Model: m.Name, Build: old.id, Version: old.version, Position: map[string]int64{}, First: []Difference{}}
-	// Text is compared and shown the same everywhere, and there is no limit to how long it may take.
-	if _, err := tx.Exec(ctx, "SET LOCAL TimeZone = 'UTC'; SET LOCAL statement_timeout = 0; SET LOCAL work_mem = '64MB'"); err != nil {
+	// Text is compared and shown the same everywhere, there is no limit to how long it may take, and other processors are left
+	// to queries.
+	if _, err := tx.Exec(ctx, `SET LOCAL TimeZone = 'UTC'; SET LOCAL statement_timeout = 0; SET LOCAL work_mem = '64MB';
+		SET LOCAL max_parallel_workers_per_gather = 0`); err != nil {
 		return c, err
 	}
 	rows, err := tx.Query(ctx, `SELECT topic, sum(seq)::bigint FROM wharf.tasks, unnest($2::text[], seqs) AS s (topic, seq)
