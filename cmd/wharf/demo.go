@@ -50,7 +50,7 @@ func (c *demoCmd) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	collectLess(3 << 29) // 1.5 GiB, for eight programs in one process
+	collectLess(shopGarbage, 3<<29) // 1.5 GiB, for eight programs in one process
 	began := time.Now()
 	owner, err := embedded.Lock(c.DataDir)
 	if err != nil {

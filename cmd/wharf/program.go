@@ -59,14 +59,20 @@ func topicSpecs(partitions, replication int) (specs []kafka.TopicSpec) {
 // many tasks fill builds at a time as there are processors.
 func readSideMemory() int64 { return (256 + 128*int64(runtime.GOMAXPROCS(0))) << 20 }
 
+// How much garbage, in percent of what is alive, may lie before it is collected. A replay runs beside the shop: rarer collections
+// are longer ones, and with 400 the slowest queries took half as long again meanwhile.
+const (
+	shopGarbage   = 400
+	replayGarbage = 200
+)
+
 // collectLess is for a program that makes much garbage and keeps little: it lets more of it lie, up to a limit in bytes,
-// where collecting it took a quarter of the processor's time. GOGC and GOMEMLIMIT have the last word. It is not for a replay
-// beside the shop: rarer collections are longer ones, and the slowest queries took twice as long meanwhile.
-func collectLess(limit int64) {
+// where collecting it took a quarter of the processor's time. GOGC and GOMEMLIMIT have the last word.
+func collectLess(percent int, limit int64) {
 	if os.Getenv("GOGC") != "" {
 		return
 	}
-	debug.SetGCPercent(400)
+	debug.SetGCPercent(percent)
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(limit)
 	}

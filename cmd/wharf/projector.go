@@ -42,7 +42,7 @@ func (f projectionFlags) config(partitions int) (c postgres.Config, err error) {
 
 // Run implements the subcommand.
 func (c *projectorCmd) Run(ctx context.Context) error {
-	collectLess(readSideMemory())
+	collectLess(shopGarbage, readSideMemory())
 	config, err := c.config(c.Partitions)
 	if err != nil {
 		return err

@@ -32,7 +32,7 @@ type queryCmd struct {
 
 // Run implements the subcommand.
 func (c *queryCmd) Run(ctx context.Context) error {
-	collectLess(readSideMemory())
+	collectLess(shopGarbage, readSideMemory())
 	l, err := listen(c.Addr)
 	if err != nil {
 		return err

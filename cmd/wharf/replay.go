@@ -76,6 +76,7 @@ func (c *replayCmd) Run(ctx context.Context) error {
 	}
 	if !c.Rollback { // which holds up live projection, for a moment
 		giveWay()
+		collectLess(replayGarbage, readSideMemory())
 	}
 	return c.withEngine(ctx, "wharf-replay", c.KeepBuilds, func(ctx context.Context, _ *kafka.Client, engine *postgres.Engine) error {
 		if c.DryRun {

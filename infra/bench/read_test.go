@@ -110,7 +110,7 @@ func (l *told) project(t *testing.T, pool *pgxpool.Pool, m projections.Model, ad
 // replay is how long a replay takes to fill the new build, and how long until it is swapped in, verified.
 func (l *told) replay(t *testing.T, pool *pgxpool.Pool, m projections.Model) (filled, all time.Duration) {
 	t.Helper()
-	defer debug.SetGCPercent(debug.SetGCPercent(100)) // as `wharf replay` does, with --parallel for all processors
+	defer debug.SetGCPercent(debug.SetGCPercent(200)) // as `wharf replay` does, with --parallel for all processors
 	e := l.engine(t, pool, m, func(c *postgres.Config) { c.Parallel = runtime.GOMAXPROCS(0) })
 	began := time.Now()
 	err := e.Replay(t.Context(), []string{m.Name}, postgres.ReplayOptions{}, func(p postgres.Progress) {
