@@ -104,7 +104,10 @@ func (a parkedEventArgs) check() error {
 	return nil
 }
 
-type parkedShowCmd struct{ parkedEventArgs }
+type parkedShowCmd struct {
+	parkedEventArgs
+	JSON bool `help:"Print it as JSON, which is so in any case."`
+}
 
 // Run implements the subcommand.
 func (c *parkedShowCmd) Run(ctx context.Context) error {

@@ -29,7 +29,10 @@ func ParseMoment(s string) (Moment, error) {
 		return Moment{Time: t}, nil
 	}
 	p, err := journal.ParsePosition(s)
-	if err != nil || p.Seq < 1 || !slices.Contains(projections.Topics, p.Topic) {
+	if err == nil && p.Seq < 1 {
+		return Moment{}, fmt.Errorf("%q is no place of an event: they count from 1", s)
+	}
+	if err != nil || !slices.Contains(projections.Topics, p.Topic) {
 		return Moment{}, fmt.Errorf("%q is neither a time such as 2026-11-25T14:00:00Z nor a position such as orders.events/3/17", s)
 	}
 	return Moment{Position: p}, nil

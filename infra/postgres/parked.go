@@ -277,6 +277,7 @@ type Repaired struct {
 // stays, and so does what waits for it. The result is the live build's, or the previous one's if nothing waits in that. It
 // needs a program that knows the builds' version, and works whether projectors run or not.
 func (e *Engine) RetryParked(ctx context.Context, model, key string) (Repaired, error) {
+	key = short(key)
 	done := map[string]Repaired{}
 	tried := 0
 	err := e.eachParked(ctx, model, func(m projections.Model, b build, partition int32) error {
