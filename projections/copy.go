@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math"
 	"reflect"
-	"strings"
 	"time"
 
 	fastjson "github.com/go-json-experiment/json/v1"
@@ -38,9 +37,8 @@ func (t rows[K, R]) AppendCopy(to []byte, key, row any) ([]byte, error) {
 // encoder appends a field, which can be addressed, in the binary format of its column's type.
 type encoder func(to []byte, field reflect.Value) ([]byte, error)
 
-// encoderOf is nil when a column of the type cannot hold such fields.
+// encoderOf is nil when a column of the type, which is given without a length, cannot hold such fields.
 func encoderOf(field reflect.Type, column string) encoder {
-	column, _, _ = strings.Cut(column, "(") // the length of a varchar
 	text := column == "text" || column == "varchar"
 	switch {
 	case column == "json" && field == reflect.TypeFor[json.RawMessage]():

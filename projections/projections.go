@@ -120,6 +120,12 @@ type Spec[K comparable, R any] struct {
 // Column is a column of a read model's table.
 type Column struct{ Name, Type string }
 
+// BaseType is the column's type without a length, such as that of a varchar.
+func (c Column) BaseType() string {
+	base, _, _ := strings.Cut(c.Type, "(")
+	return base
+}
+
 // Model is a read model as the engine sees it, whatever the types of its rows.
 type Model struct {
 	Name    string
@@ -283,11 +289,12 @@ func fieldsOf[T any](model string) (fields []field) {
 		if !ok {
 			panic(fmt.Sprintf("%s: the field %s.%s needs a tag db:\"column type\"", model, t.Name(), t.Field(i).Name))
 		}
-		encode := encoderOf(t.Field(i).Type, typ)
+		column := Column{name, typ}
+		encode := encoderOf(t.Field(i).Type, column.BaseType())
 		if encode == nil {
 			panic(fmt.Sprintf("%s: the field %s.%s is no %s", model, t.Name(), t.Field(i).Name, typ))
 		}
-		fields = append(fields, field{t.Field(i), Column{name, typ}, i, encode})
+		fields = append(fields, field{t.Field(i), column, i, encode})
 	}
 	return fields
 }

@@ -1,6 +1,7 @@
 package projections
 
 import (
+	stdcmp "cmp"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -264,8 +265,7 @@ func TestCopyWritesWhatInsertWrites(t *testing.T) {
 		}
 		want := binary.BigEndian.AppendUint16([]byte("x"), uint16(len(m.Columns)))
 		for i, c := range m.Columns {
-			name, _, _ := strings.Cut(c.Type, "(")
-			name = map[string]string{"int": "int4", "bigint": "int8"}[name] + map[bool]string{true: name}[name != "int" && name != "bigint"]
+			name := stdcmp.Or(map[string]string{"int": "int4", "bigint": "int8"}[c.BaseType()], c.BaseType())
 			column, ok := types.TypeForName(name)
 			if !ok {
 				t.Fatalf("there is no type %s", name)

@@ -34,7 +34,7 @@ func (c *parkedListCmd) Run(ctx context.Context) error {
 			return err
 		}
 	}
-	return c.withEngine(ctx, "wharf-parked", time.Hour, func(ctx context.Context, client *kafka.Client, engine *postgres.Engine) error {
+	return c.withEngine(ctx, "wharf-parked", postgres.Config{}, func(ctx context.Context, client *kafka.Client, engine *postgres.Engine) error {
 		list, err := engine.Parked(ctx, c.Model)
 		if err != nil {
 			return err
@@ -114,7 +114,7 @@ func (c *parkedShowCmd) Run(ctx context.Context) error {
 	if err := c.check(); err != nil {
 		return err
 	}
-	return c.withEngine(ctx, "wharf-parked", time.Hour, func(ctx context.Context, _ *kafka.Client, engine *postgres.Engine) error {
+	return c.withEngine(ctx, "wharf-parked", postgres.Config{}, func(ctx context.Context, _ *kafka.Client, engine *postgres.Engine) error {
 		list, err := engine.Parked(ctx, c.Model)
 		if err != nil {
 			return err
@@ -140,7 +140,7 @@ func (c *parkedRetryCmd) Run(ctx context.Context) error {
 	if _, err := modelsOf([]string{c.Model}); err != nil {
 		return err
 	}
-	return c.withEngine(ctx, "wharf-parked", time.Hour, func(ctx context.Context, _ *kafka.Client, engine *postgres.Engine) error {
+	return c.withEngine(ctx, "wharf-parked", postgres.Config{}, func(ctx context.Context, _ *kafka.Client, engine *postgres.Engine) error {
 		done, err := engine.RetryParked(ctx, c.Model, c.Key)
 		if err != nil {
 			return err
@@ -164,7 +164,7 @@ func (c *parkedDiscardCmd) Run(ctx context.Context) error {
 	if err := c.check(); err != nil {
 		return err
 	}
-	return c.withEngine(ctx, "wharf-parked", time.Hour, func(ctx context.Context, _ *kafka.Client, engine *postgres.Engine) error {
+	return c.withEngine(ctx, "wharf-parked", postgres.Config{}, func(ctx context.Context, _ *kafka.Client, engine *postgres.Engine) error {
 		if err := engine.DiscardParked(ctx, c.Model, c.Position); err != nil {
 			return err
 		}

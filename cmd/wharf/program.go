@@ -55,8 +55,8 @@ func topicSpecs(partitions, replication int) (specs []kafka.TopicSpec) {
 	return specs
 }
 
-// readSideMemory is how much memory the projector and the query service take, about, before they collect garbage more often: as
-// many tasks fill builds at a time as there are processors.
+// readSideMemory is how much memory a program of the read side takes, about, before it collects garbage more often: the more
+// processors, the more tasks fill builds at a time.
 func readSideMemory() int64 { return (256 + 128*int64(runtime.GOMAXPROCS(0))) << 20 }
 
 // How much garbage, in percent of what is alive, may lie before it is collected. A replay runs beside the shop: rarer collections

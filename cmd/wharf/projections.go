@@ -83,7 +83,7 @@ func (f *storesFlag) whileKafka(ctx context.Context, client *kafka.Client, do fu
 
 // withEngine calls do with the projection engine of these stores.
 func (f *storesFlag) withEngine(
-	ctx context.Context, name string, keep time.Duration, do func(context.Context, *kafka.Client, *postgres.Engine) error,
+	ctx context.Context, name string, c postgres.Config, do func(context.Context, *kafka.Client, *postgres.Engine) error,
 ) error {
 	if err := f.resolve(); err != nil {
 		return err
@@ -93,9 +93,10 @@ func (f *storesFlag) withEngine(
 		return err
 	}
 	defer client.Close()
+	c.Partitions = partitions
 	opening, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
-	engine, closePool, err := openEngine(opening, client, f.DatabaseURL, postgres.Config{Partitions: partitions, Keep: keep})
+	engine, closePool, err := openEngine(opening, client, f.DatabaseURL, c)
 	if err != nil {
 		return err
 	}

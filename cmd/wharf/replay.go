@@ -78,12 +78,9 @@ func (c *replayCmd) Run(ctx context.Context) error {
 		giveWay()
 		collectLess(replayGarbage, readSideMemory())
 	}
-	return c.withEngine(ctx, "wharf-replay", c.KeepBuilds, func(ctx context.Context, _ *kafka.Client, engine *postgres.Engine) error {
+	return c.withEngine(ctx, "wharf-replay", postgres.Config{Keep: c.KeepBuilds, Parallel: c.Parallel}, func(ctx context.Context, _ *kafka.Client, engine *postgres.Engine) error {
 		if c.DryRun {
 			return c.dryRun(ctx, engine, models)
-		}
-		if c.Parallel > 0 {
-			engine.Parallel = c.Parallel
 		}
 		show, wait := c.progress()
 		results := []replayed{}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	"wharf/infra/kafka"
 	"wharf/infra/postgres"
@@ -22,7 +21,7 @@ func (c *verifyCmd) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return c.withEngine(ctx, "wharf-verify", time.Hour, func(ctx context.Context, _ *kafka.Client, engine *postgres.Engine) error {
+	return c.withEngine(ctx, "wharf-verify", postgres.Config{}, func(ctx context.Context, _ *kafka.Client, engine *postgres.Engine) error {
 		show, wait := (&replayCmd{JSON: c.JSON}).progress()
 		results := []postgres.Comparison{}
 		err := engine.Verify(ctx, models, show, func(r postgres.Comparison) { results = append(results, r) })

@@ -49,7 +49,7 @@ type Config struct {
 type Engine struct {
 	Config
 	pool  *pgxpool.Pool
-	bulk  limits            // of those that fill one
+	bulk  limits            // of tasks that fill a build
 	turns map[string]*turns // of each model's tasks
 
 	mu      sync.Mutex

@@ -92,8 +92,9 @@ func TestAReplayComesToTheSameRows(t *testing.T) {
 	}
 }
 
-// What is in memory at a time does not grow with the log: a partition that was read lets its rows go.
-func TestARowIsInMemoryOnlyWhileItsPartitionIsRead(t *testing.T) {
+// beginReplay begins a replay of the orders of a shop, whose live builds are up to date and stand still.
+func beginReplay(t *testing.T) *replay {
+	t.Helper()
 	s := newShop()
 	for i := range 50 {
 		s.order(i, 1)
@@ -107,8 +108,14 @@ func TestARowIsInMemoryOnlyWhileItsPartitionIsRead(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer end(&err)
-	if err = r.fill(t.Context()); err != nil {
+	t.Cleanup(func() { end(&err) })
+	return r
+}
+
+// What is in memory at a time does not grow with the log: a partition that was read lets its rows go.
+func TestARowIsInMemoryOnlyWhileItsPartitionIsRead(t *testing.T) {
+	r := beginReplay(t)
+	if err := r.fill(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	for _, task := range r.tasks {
@@ -120,26 +127,14 @@ func TestARowIsInMemoryOnlyWhileItsPartitionIsRead(t *testing.T) {
 
 // A part is made of the whole log, but of no more rows than are asked for.
 func TestAPartOfOneKeyHoldsNoOtherRow(t *testing.T) {
-	s := newShop()
-	for i := range 50 {
-		s.order(i, 1)
-	}
-	pool := openTest(t)
-	e := newEngine(t, pool, s)
-	r, end, err := e.begin(t.Context(), projections.Orders, func(Progress) {}, forLooking)
+	r := beginReplay(t)
+	_, until, err := r.livePositions(t.Context(), r.conn, "")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer end(&err)
-	for _, task := range r.tasks {
+	for p, task := range r.tasks {
 		task.wanted = matcher(projections.Orders, orderID(7))
-		until := make([]int64, len(task.model.Topics))
-		for i, topic := range task.model.Topics {
-			if until[i], err = s.reader(topic).End(t.Context(), task.partition); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if err = task.run(t.Context(), until); err != nil {
+		if err := task.run(t.Context(), until[p]); err != nil {
 			t.Fatal(err)
 		}
 		for key := range task.rows.young {

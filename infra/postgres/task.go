@@ -586,8 +586,8 @@ func (t *task) fetch(ctx context.Context, db querier, touches ...touch) error {
 func unnest(columns []projections.Column) string {
 	params := make([]string, len(columns))
 	for i, c := range columns {
-		typ, _, _ := strings.Cut(c.Type, "(") // a cast to a length would cut a text off, which the table refuses
-		params[i] = "$" + strconv.Itoa(i+1) + "::" + typ + "[]"
+		// A cast to a length would cut a text off, which the table refuses.
+		params[i] = "$" + strconv.Itoa(i+1) + "::" + c.BaseType() + "[]"
 	}
 	return "unnest(" + strings.Join(params, ", ") + ")"
 }
