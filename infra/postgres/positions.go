@@ -16,13 +16,13 @@ import (
 // Positions tells queries how far the live read models are. It implements projections.Positions. However many wait, one
 // question after the other is asked of the database, and none while nobody waits.
 type Positions struct {
-	pool  querier
-	least time.Duration // between two questions
+	pool querier
 
 	mu      sync.Mutex
 	seen    map[seenAt]reached // as of asked
 	asked   time.Time
 	waiting map[*waiter]struct{}
+	joined  time.Time // when the last one came to wait
 	asking  bool
 }
 
@@ -35,7 +35,7 @@ const longestPause = 5 * time.Millisecond
 
 // NewPositions reads from the pool, which may be one for queries.
 func NewPositions(pool querier) *Positions {
-	return &Positions{pool: pool, least: time.Millisecond, waiting: map[*waiter]struct{}{}}
+	return &Positions{pool: pool, waiting: map[*waiter]struct{}{}}
 }
 
 // seenAt is a partition as a read model sees it.
@@ -67,7 +67,7 @@ func (p *Positions) Wait(ctx context.Context, model string, at domain.Position, 
 		p.mu.Unlock()
 		return nil
 	}
-	p.waiting[w] = struct{}{}
+	p.waiting[w], p.joined = struct{}{}, time.Now()
 	if !p.asking {
 		p.asking = true
 		go p.ask()
@@ -131,9 +131,13 @@ func (p *Positions) ask() {
 				close(w.looked)
 			}
 		}
+		// As long as the answer took; and when all have waited for long, they can wait for an eighth more.
+		rest := time.Since(began)
+		if len(p.waiting) > 0 {
+			rest = max(rest, time.Since(p.joined)/8)
+		}
 		p.mu.Unlock()
-		// As long as the answer took, but not much longer because one was late.
-		rest := min(max(p.least, time.Since(began)), longestPause)
+		rest = min(rest, longestPause) // whatever was late
 		if err != nil {
 			rest = fresh
 		}

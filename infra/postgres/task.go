@@ -188,7 +188,7 @@ func (t *task) follow(ctx context.Context, until []int64) error {
 // store folds the batch, and writes what comes of it. It is done when it is where it should end.
 func (t *task) store(ctx context.Context, b batch, until []int64) (done bool, err error) {
 	if b.turn != nil {
-		defer b.turn.end(t.full(b))
+		defer b.turn.end()
 	}
 	if err := t.fold(ctx, b); err != nil {
 		return false, err
