@@ -135,14 +135,7 @@ func (c *demoCmd) Run(ctx context.Context) (err error) {
 		}},
 	}
 	if postgres != nil {
-		parts = append(parts, part{run: func(life context.Context) error {
-			select {
-			case <-postgres.Done():
-				return errors.New("the embedded Postgres has ended: its log in " + c.DataDir + " says why")
-			case <-life.Done():
-				return nil
-			}
-		}})
+		parts = append(parts, part{run: func(life context.Context) error { return keepUp(life, &postgres, c.DataDir) }})
 	}
 	parts = append(parts, part{run: func(life context.Context) error {
 		for _, p := range parts[:len(parts)-1] {
@@ -162,6 +155,29 @@ func (c *demoCmd) Run(ctx context.Context) (err error) {
 		return load.Customers(shopping, "http://"+at.Addr, c.Customers, slog.Default())
 	}})
 	return serve(ctx, l, client, parts...)
+}
+
+// keepUp starts the embedded Postgres again when it has ended by itself, where its clients look for it. Meanwhile commands go on,
+// which need no database.
+func keepUp(life context.Context, postgres **embedded.Postgres, dir string) error {
+	for {
+		select {
+		case <-life.Done():
+			return nil
+		case <-(*postgres).Done():
+		}
+		slog.Warn("the embedded Postgres has ended, and is started again: postgres.log.old in " + dir + " says why it ended")
+		again, err := embedded.StartPostgres(life, dir, slog.Default(), embedded.Port((*postgres).Port()))
+		switch {
+		case err == nil:
+			*postgres = again
+			slog.Info("the embedded Postgres takes connections again")
+		case life.Err() != nil:
+			return nil
+		default:
+			return err
+		}
+	}
 }
 
 // welcome says what to try next.

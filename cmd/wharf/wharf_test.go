@@ -369,6 +369,30 @@ func TestTheWholeShop(t *testing.T) {
 		wantCode(t, 0, in("verify", "ledger")...)
 	})
 
+	t.Run("commands need no database, and a Postgres that was killed comes back", func(t *testing.T) {
+		demo, err := embedded.ReadRuntime(dir)
+		must(t, err)
+		db, err := pgx.Connect(ctx, demo.DatabaseURL)
+		must(t, err)
+		defer db.Close(ctx)
+		var server int
+		must(t, db.QueryRow(ctx, `SELECT split_part(pg_read_file('postmaster.pid'), E'\n', 1)::int`).Scan(&server))
+		must(t, syscall.Kill(server, syscall.SIGKILL))
+		placed := receipt(t)(c.Place(ctx, "", xts(sku, 1, 200)))
+		for {
+			o, err := c.OrderSince(ctx, placed.ID, placed.Token)
+			if shop.IsStatus(err, 503) {
+				continue
+			}
+			must(t, err)
+			if o.ID != placed.ID {
+				t.Errorf("the order is %+v", o)
+			}
+			break
+		}
+		wantCode(t, 0, "verify", "--data-dir", dir)
+	})
+
 	t.Run("programs in a second terminal", func(t *testing.T) {
 		if out := wantCode(t, 0, "projections", "--data-dir", dir, "--json"); !strings.Contains(out, `"items":[{`) {
 			t.Errorf("projections print %s", out)

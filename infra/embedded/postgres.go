@@ -28,8 +28,8 @@ import (
 
 const (
 	clusterFile  = "postgres.json" // a cluster that is not named there does not exist
-	logFile      = "postgres.log"
-	databaseName = "wharf" // of the user too
+	logFile      = "postgres.log"  // since the last start; before that with .old
+	databaseName = "wharf"         // of the user too
 
 	startTimeout = 2 * time.Minute // after a crash it reads up to max_wal_size of log first
 	fastTimeout  = 30 * time.Second
@@ -67,6 +67,7 @@ var settings = []string{
 // Postgres is a running server of our own.
 type Postgres struct {
 	url       string
+	port      int
 	server    *exec.Cmd
 	exited    chan struct{} // closed when the server is gone
 	ephemeral []string      // directories to delete after it
@@ -172,6 +173,9 @@ func startPostgres(ctx context.Context, dir string, log *slog.Logger, o options)
 
 // URL is where the server is, with the password in it.
 func (p *Postgres) URL() string { return p.url }
+
+// Port is the one that the server listens on.
+func (p *Postgres) Port() int { return p.port }
 
 // PID is the server's process id. Its sessions are child processes.
 func (p *Postgres) PID() int { return p.server.Process.Pid }
@@ -292,7 +296,9 @@ func (c cluster) start(
 		}
 	}
 	// The server writes to a file and not to this process, so that it can say why it ended when this one was killed.
-	output, err := os.Create(filepath.Join(dir, logFile))
+	said := filepath.Join(dir, logFile)
+	_ = os.Rename(said, said+".old")
+	output, err := os.Create(said)
 	if err != nil {
 		return nil, err
 	}
@@ -315,7 +321,7 @@ func (c cluster) start(
 			Scheme: "postgres", User: url.UserPassword(databaseName, c.Password),
 			Host: net.JoinHostPort("127.0.0.1", strconv.Itoa(port)), Path: databaseName, RawQuery: "sslmode=disable",
 		}).String(),
-		server: cmd, exited: make(chan struct{}),
+		port: port, server: cmd, exited: make(chan struct{}),
 	}
 	whenOrphaned := `kill -INT "$0"`
 	if o.ephemeral {
@@ -330,8 +336,8 @@ func (c cluster) start(
 
 	if err := p.ready(ctx); err != nil {
 		err = errors.Join(err, p.Stop())
-		said, _ := os.ReadFile(output.Name())
-		return nil, fmt.Errorf("%w: %s", err, bytes.TrimSpace(said[max(0, len(said)-2000):]))
+		text, _ := os.ReadFile(said)
+		return nil, fmt.Errorf("%w: %s", err, bytes.TrimSpace(text[max(0, len(text)-2000):]))
 	}
 	if o.ephemeral {
 		p.ephemeral = []string{c.Home, dir}
