@@ -102,7 +102,7 @@ func admit(topic string, record journal.Record, last int64) (int64, bool, error)
 func (r *Runner[S]) targets(msg *message.Message) ([]string, error) {
 	e, err := r.entry(kafka.RecordOf(msg))
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: start a program that can tell whom it concerns", err)
 	}
 	return e.streams, nil
 }

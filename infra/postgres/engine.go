@@ -55,6 +55,7 @@ type Engine struct {
 	mu      sync.Mutex
 	kept    map[role]*keptBuild
 	changed chan struct{} // closed, and made anew, when kept changes
+	warned  time.Time     // when somebody was last told of a task that fails
 	mine    map[int32]int // the partitions that run here; for a moment, one may run twice
 }
 
@@ -366,7 +367,7 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 			if time.Since(began) > time.Minute {
 				retry = backoff{}
 			}
-			if (retry.tries == 3 || retry.tries%30 == 29) && !isCode(err, codeMoved) {
+			if (retry.tries == 3 || retry.tries%30 == 29) && !isCode(err, codeMoved) && e.mayWarn() {
 				log.Warn("a projection fails, and is tried again from its stored position", "build", b.id, "err", err)
 			}
 			if !isCode(err, codeMoved) {
@@ -382,6 +383,18 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 		stop()
 		cancel()
 	}
+}
+
+// mayWarn is true once in a while: when the database is away all tasks fail, and one that says so will do. What each of them
+// met is in wharf.tasks.
+func (e *Engine) mayWarn() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	may := time.Since(e.warned) > time.Second
+	if may {
+		e.warned = time.Now()
+	}
+	return may
 }
 
 // follow runs one task on the build from its stored position on. It returns the epoch in which it ended.

@@ -1,10 +1,12 @@
 package postgres
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -163,7 +165,7 @@ type Snapshot struct {
 	Model  string           `json:"model"`
 	Key    string           `json:"key"`
 	Events int64            `json:"events"` // that made the rows
-	Rows   []map[string]any `json:"rows"`   // by column
+	Rows   []map[string]any `json:"rows"`   // by column, in the order in which they came to be
 }
 
 // ErrNoRow says that there was no such row.
@@ -200,8 +202,7 @@ func (e *Engine) asOf(ctx context.Context, m projections.Model, at *Moment, left
 	}
 	t := &task{model: m}
 	matches := matcher(m, s.Key)
-	rows := map[any]any{}
-	var order []any
+	rows, began := map[any]any{}, map[any]time.Time{}
 	for _, p := range partitions {
 		for _, topic := range m.Topics {
 			end, err := e.Source(topic).End(ctx, p)
@@ -238,8 +239,7 @@ func (e *Engine) asOf(ctx context.Context, m projections.Model, at *Moment, left
 						continue
 					}
 					if rows[key] == nil {
-						rows[key] = m.New()
-						order = append(order, key)
+						rows[key], began[key] = m.New(), r.Time
 					}
 					if err := t.apply(key, rows[key], event); err != nil {
 						return fmt.Errorf("event %s: %w", r.Position, err)
@@ -256,7 +256,10 @@ func (e *Engine) asOf(ctx context.Context, m projections.Model, at *Moment, left
 			}
 		}
 	}
-	for _, key := range order {
+	inOrder := slices.SortedFunc(maps.Keys(rows), func(a, b any) int {
+		return cmp.Or(began[a].Compare(began[b]), cmp.Compare(fmt.Sprint(a), fmt.Sprint(b)))
+	})
+	for _, key := range inOrder {
 		values, err := m.Values(key, rows[key])
 		if err != nil {
 			return err

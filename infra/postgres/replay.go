@@ -432,8 +432,15 @@ func (r *replay) meet(ctx context.Context, f func(tx pgx.Tx, live build) error) 
 		}
 		err = r.tryToMeet(ctx, f)
 		passing := isCode(err, codeLockNotAvailable) || errors.Is(err, errTooSlow)
-		if !passing || retry.tries == swapTries {
+		if !passing {
 			return err
+		}
+		switch retry.tries {
+		case 4:
+			r.e.Logger.Warn("the live build cannot be met yet, because a long query or transaction is at it, or it moves too fast: it is tried again",
+				"model", r.model.Name, "err", err)
+		case swapTries:
+			return fmt.Errorf("tried %d times: %w", swapTries, err)
 		}
 		if !retry.sleep(ctx) {
 			return ctx.Err()
