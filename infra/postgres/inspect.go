@@ -337,7 +337,7 @@ func (e *Engine) inspect(ctx context.Context, m projections.Model, part Part, pr
 			return (part.From == nil || !part.From.covers(e.Recorded) || part.From.Position == e.Position) &&
 				(part.Until == nil || part.Until.covers(e.Recorded))
 		}
-		t.wanted, t.quiet = wanted, true
+		t.wanted = wanted
 	}
 	if err := r.fill(ctx); err != nil {
 		return err

@@ -266,6 +266,7 @@ func (e *Engine) begin(ctx context.Context, m projections.Model, progress func(P
 		}
 		closeAll()
 	}
+	r.quiet = purpose == forLooking
 	if purpose == forReplay {
 		if err = r.lockModel(ctx); err != nil {
 			end(&err)
@@ -321,7 +322,7 @@ type replay struct {
 	conn  *pgxpool.Conn
 	tasks []*task
 	pace  pacer
-	quiet bool // about what is parked: a verification's is not for long
+	quiet bool // about what is parked: for a build that is only looked at
 
 	mu       sync.Mutex
 	report   Progress

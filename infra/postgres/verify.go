@@ -192,10 +192,6 @@ func (e *Engine) verify(ctx context.Context, m projections.Model, pace int, prog
 	}
 	defer end(&err)
 	r.pace = pacer{rate: pace, began: time.Now()}
-	r.quiet = true
-	for _, t := range r.tasks {
-		t.quiet = true
-	}
 	if err := r.fill(ctx); err != nil {
 		return c, err
 	}
