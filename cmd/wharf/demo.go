@@ -158,25 +158,35 @@ func (c *demoCmd) Run(ctx context.Context) (err error) {
 }
 
 // keepUp starts the embedded Postgres again when it has ended by itself, where its clients look for it. Meanwhile commands go on,
-// which need no database.
+// which need no database. It gives up on one that does not live, or has lost its cluster.
 func keepUp(life context.Context, postgres **embedded.Postgres, dir string) error {
-	for {
+	const short, most = 2 * time.Second, 5 // lives, one after the other
+	for lives := 1; ; lives++ {
+		began := time.Now()
 		select {
 		case <-life.Done():
 			return nil
 		case <-(*postgres).Done():
 		}
+		if time.Since(began) > short {
+			lives = 0
+		}
+		if lives == most {
+			return fmt.Errorf("the embedded Postgres ends again and again: postgres.log in %s says why", dir)
+		}
 		slog.Warn("the embedded Postgres has ended, and is started again: postgres.log.old in " + dir + " says why it ended")
 		again, err := embedded.StartPostgres(life, dir, slog.Default(), embedded.Port((*postgres).Port()))
-		switch {
-		case err == nil:
-			*postgres = again
-			slog.Info("the embedded Postgres takes connections again")
-		case life.Err() != nil:
+		if life.Err() != nil && err != nil {
 			return nil
-		default:
+		}
+		if err != nil {
 			return err
 		}
+		before := (*postgres).URL()
+		if *postgres = again; again.URL() != before {
+			return errors.New("the cluster of the embedded Postgres was gone: start the demo again, and it builds the read models anew")
+		}
+		slog.Info("the embedded Postgres takes connections again")
 	}
 }
 

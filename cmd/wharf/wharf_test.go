@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -445,4 +446,28 @@ func TestEveryPolicyHasItsSource(t *testing.T) {
 	for _, p := range commands.Shipping {
 		check("shipping", p.Event)
 	}
+}
+
+// A Postgres whose cluster was deleted is not the one that the shop knows, so the demo ends, and says why.
+func TestAPostgresThatLostItsClusterEndsTheDemo(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts a Postgres")
+	}
+	dir, err := os.MkdirTemp("", "wharf-test-") // which the server's user can reach
+	must(t, err)
+	defer os.RemoveAll(dir)
+	must(t, os.Chmod(dir, 0o755))
+	postgres, err := embedded.StartPostgres(t.Context(), dir, slog.New(slog.DiscardHandler))
+	must(t, err)
+	clusters, err := filepath.Glob(filepath.Join(dir, "postgres-*"))
+	must(t, err)
+	for _, c := range clusters {
+		must(t, os.RemoveAll(c))
+	}
+	must(t, syscall.Kill(postgres.PID(), syscall.SIGKILL))
+	err = keepUp(t.Context(), &postgres, dir)
+	if err == nil || !strings.Contains(err.Error(), "was gone") {
+		t.Errorf("it says %v", err)
+	}
+	must(t, postgres.Stop())
 }

@@ -35,6 +35,7 @@ const (
 	fastTimeout  = 30 * time.Second
 	killTimeout  = 5 * time.Second
 	portTries    = 5
+	retryPause   = 500 * time.Millisecond
 
 	pgerrcodeInvalidPassword = "28P01"
 )
@@ -101,7 +102,7 @@ type cluster struct {
 // server takes connections. The first time that a user starts one, its programs are downloaded. A server that a killed
 // process left running on the cluster is stopped first. The caller holds the Lock of dir.
 //
-// The server listens on 127.0.0.1, on a free port, and asks for a random password that only dir tells. Run by root it
+// The server listens on 127.0.0.1, on a free port or that of Port, and asks for a random password that only dir tells. Run by root it
 // becomes the user "nobody"; where that user cannot reach dir, the cluster lies elsewhere and dir says where.
 //
 // ctx bounds the start alone. The server is not stopped by a Ctrl-C at the terminal, only by Stop; if this process dies
@@ -151,21 +152,23 @@ func startPostgres(ctx context.Context, dir string, log *slog.Logger, o options)
 		return nil, err
 	}
 
+	_ = os.Rename(filepath.Join(dir, logFile), filepath.Join(dir, logFile+".old"))
+	began := time.Now()
 	for try := 1; ; try++ {
 		p, err := c.start(ctx, dir, programs, as, log, o)
+		var again bool
 		switch {
 		case err == nil:
 			return p, nil
-		case ctx.Err() != nil || try == portTries:
-			return nil, err
 		case strings.Contains(err.Error(), "could not bind"):
-			log.Debug("somebody took Postgres's port first, trying another one")
+			log.Debug("somebody has Postgres's port")
+			again = try < portTries
 		case strings.Contains(err.Error(), "still in use"):
-			// Processes of a killed server notice its death and end by themselves.
-			if err := pause(ctx, time.Second); err != nil {
-				return nil, err
-			}
-		default:
+			log.Debug("sessions of a killed Postgres are still there")
+			quitSessions(c.data())
+			again = time.Since(began) < startTimeout
+		}
+		if !again || pause(ctx, retryPause) != nil {
 			return nil, err
 		}
 	}
@@ -284,7 +287,7 @@ func (c cluster) init(ctx context.Context, programs string, as account, o option
 	return nil
 }
 
-// start runs the server on a port that is free now, and waits until it takes connections.
+// start runs the server on its port, or one that is free now, and waits until it takes connections.
 func (c cluster) start(
 	ctx context.Context, dir, programs string, as account, log *slog.Logger, o options,
 ) (*Postgres, error) {
@@ -297,7 +300,6 @@ func (c cluster) start(
 	}
 	// The server writes to a file and not to this process, so that it can say why it ended when this one was killed.
 	said := filepath.Join(dir, logFile)
-	_ = os.Rename(said, said+".old")
 	output, err := os.Create(said)
 	if err != nil {
 		return nil, err
@@ -436,6 +438,19 @@ func stopLeftover(ctx context.Context, data string, log *slog.Logger) error {
 		}
 	}
 	return fmt.Errorf("process %d serves the cluster and does not stop", pid)
+}
+
+// quitSessions ends what a killed server has left at work on the cluster: a session at a long query does not notice its
+// server's death. Where there is no /proc it is waited for.
+func quitSessions(data string) {
+	processes, _ := os.ReadDir("/proc")
+	for _, p := range processes {
+		if pid, err := strconv.Atoi(p.Name()); err == nil {
+			if cwd, err := os.Readlink("/proc/" + p.Name() + "/cwd"); err == nil && cwd == data {
+				_ = syscall.Kill(pid, syscall.SIGQUIT)
+			}
+		}
+	}
 }
 
 func alive(pid int) bool { return !errors.Is(syscall.Kill(pid, 0), syscall.ESRCH) }

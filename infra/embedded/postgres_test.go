@@ -304,3 +304,46 @@ func TestPostgresSaysWhyItDoesNotStart(t *testing.T) {
 		t.Errorf("after the caller gave up: %v", err)
 	}
 }
+
+// A session at a long query does not notice that its server was killed, and is not waited for; the log from before the start is
+// kept.
+func TestAPostgresThatWasKilledDuringALongQueryStartsAgain(t *testing.T) {
+	dir := reachableDir(t)
+	p := startTestPostgres(t, dir)
+	conn, err := pgx.Connect(t.Context(), p.URL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Exec(t.Context(), "DO $$ BEGIN RAISE WARNING 'the last words'; END $$"); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_, _ = conn.Exec(t.Context(), "SELECT count(*) FROM generate_series(1, 1e9::bigint) a") // it reads nothing from its client
+	}()
+	watch, err := pgx.Connect(t.Context(), p.URL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for active := 0; active == 0; {
+		const busy = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND pid <> pg_backend_pid() AND query LIKE '%generate_series%'"
+		if err := watch.QueryRow(t.Context(), busy).Scan(&active); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_ = syscall.Kill(p.PID(), syscall.SIGKILL)
+	<-p.Done()
+	again, err := StartPostgres(t.Context(), dir, slog.New(slog.DiscardHandler), Port(p.Port()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = again.Stop() }()
+	if again.URL() != p.URL() {
+		t.Errorf("it is at %s now, and was at %s", again.URL(), p.URL())
+	}
+	<-ended
+	if old, _ := os.ReadFile(filepath.Join(dir, logFile+".old")); !strings.Contains(string(old), "the last words") {
+		t.Errorf("%s.old holds %q", logFile, old)
+	}
+}

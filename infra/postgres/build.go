@@ -176,6 +176,10 @@ func (e *Engine) publish(ctx context.Context, tx pgx.Tx, m projections.Model, b 
 	batch.Queue(`UPDATE wharf.builds SET state = 'previous', keep_until = now() + make_interval(secs => $2)
 		WHERE model = $1 AND state = 'live'`, b.model, e.Keep.Seconds())
 	batch.Queue("UPDATE wharf.builds SET state = 'live', live_at = now() WHERE id = $1", b.id)
+	// A task of the build that was live may wait for this transaction, and has looked at the build's state before: what it
+	// looks at again is its own row, if that has changed.
+	batch.Queue(`UPDATE wharf.tasks SET epoch = epoch + 1
+		WHERE build = (SELECT id FROM wharf.builds WHERE model = $1 AND state = 'previous')`, b.model)
 	if err := tx.SendBatch(ctx, batch).Close(); err != nil {
 		return err
 	}
@@ -192,7 +196,7 @@ func point(ctx context.Context, tx pgx.Tx, m projections.Model, b build) error {
 	if err != nil {
 		return err
 	}
-	waits := "k.partition = r.partition"
+	waits := "true" // its queries add up all rows, and the one that misses an event may not even be there
 	if m.Stream != "" {
 		waits = "k.keys @> ARRAY[r." + quote(m.Stream) + "::text]"
 	}
@@ -333,10 +337,16 @@ const (
 )
 
 // disposable is what sweep may drop: what was kept for long enough, and what was never finished.
-const disposable = "(state = 'building' OR state IN ('previous', 'scratch', 'retired') AND keep_until < now())"
+const disposable = "(state = 'building' OR state IN ('scratch', 'retired') AND keep_until < now())"
 
-// sweep drops what nobody needs any more. A build that somebody is making is left alone.
+// sweep drops what nobody needs any more. A build that somebody is making is left alone. A previous one retires first, so that
+// no task of it is at work, and in the way of the live one's, when it is dropped.
 func (e *Engine) sweep(ctx context.Context) error {
+	_, err := e.pool.Exec(ctx, `UPDATE wharf.builds SET state = 'retired', keep_until = now() + make_interval(secs => $1)
+		WHERE state = 'previous' AND keep_until < now()`, e.Grace.Seconds())
+	if err != nil {
+		return err
+	}
 	rows, err := e.pool.Query(ctx, "SELECT id, model FROM wharf.builds WHERE "+disposable)
 	if err != nil {
 		return err

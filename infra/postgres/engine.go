@@ -30,7 +30,7 @@ type Config struct {
 	Models   []projections.Model // projections.All
 	Interval time.Duration       // how long a position that changed no rows waits to be stored at most; 1 second
 	Batch    int                 // most events in one transaction; 5,000
-	Copy     int                 // as many new rows are written by COPY, which takes more round trips than INSERT and less time; 100
+	Copy     int                 // as many new rows are written by COPY in live projection, which takes more round trips than INSERT and less time; 100
 	Parallel int                 // partitions of a build that are filled at once; one less than there are processors, which queries need
 	Grace    time.Duration       // how long a build that is not needed any more is kept for the queries on it; 1 minute
 	Keep     time.Duration       // how long the previous build is kept up to date, for a rollback; 1 hour
@@ -54,9 +54,9 @@ type Engine struct {
 
 	mu      sync.Mutex
 	kept    map[role]*keptBuild
-	changed chan struct{} // closed, and made anew, when kept changes
-	warned  time.Time     // when somebody was last told of a task that fails
-	mine    map[int32]int // the partitions that run here; for a moment, one may run twice
+	changed chan struct{}        // closed, and made anew, when kept changes
+	warned  map[string]time.Time // when somebody was last told of a task that fails, by model
+	mine    map[int32]int        // the partitions that run here; for a moment, one may run twice
 }
 
 // role is what a build that is kept up to date is for: the model's live build, or its previous one.
@@ -105,7 +105,7 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 		c.Logger = slog.Default()
 	}
 	e := &Engine{Config: c, pool: pool, bulk: bulkLimits, turns: map[string]*turns{}, kept: map[role]*keptBuild{},
-		changed: make(chan struct{}), mine: map[int32]int{}}
+		changed: make(chan struct{}), warned: map[string]time.Time{}, mine: map[int32]int{}}
 	for _, m := range c.Models {
 		e.turns[m.Name] = newTurns()
 	}
@@ -367,7 +367,7 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 			if time.Since(began) > time.Minute {
 				retry = backoff{}
 			}
-			if (retry.tries == 3 || retry.tries%30 == 29) && !isCode(err, codeMoved) && e.mayWarn() {
+			if (retry.tries == 3 || retry.tries%30 == 29) && !isCode(err, codeMoved) && e.mayWarn(m.Name) {
 				log.Warn("a projection fails, and is tried again from its stored position", "build", b.id, "err", err)
 			}
 			if !isCode(err, codeMoved) {
@@ -385,14 +385,14 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 	}
 }
 
-// mayWarn is true once in a while: when the database is away all tasks fail, and one that says so will do. What each of them
-// met is in wharf.tasks.
-func (e *Engine) mayWarn() bool {
+// mayWarn is true once in a while: when the database is away all tasks of a model fail, and one that says so will do. What each of
+// them met is in wharf.tasks.
+func (e *Engine) mayWarn(model string) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	may := time.Since(e.warned) > time.Second
+	may := time.Since(e.warned[model]) > time.Second
 	if may {
-		e.warned = time.Now()
+		e.warned[model] = time.Now()
 	}
 	return may
 }
@@ -401,12 +401,12 @@ func (e *Engine) mayWarn() bool {
 func (e *Engine) follow(ctx context.Context, m projections.Model, b build, partition int32) (epoch int64, err error) {
 	t, err := e.load(ctx, e.pool, m, b, partition)
 	if err != nil {
-		return 0, err
+		return t.epoch, err
 	}
 	// If it was halted, it tries once more, and says so again if that does not help.
 	if _, err := e.pool.Exec(ctx, "UPDATE wharf.tasks SET error = '' WHERE build = $1 AND partition = $2 AND error <> ''",
 		b.id, partition); err != nil {
-		return 0, err
+		return t.epoch, err
 	}
 	t.turns = e.turns[m.Name]
 	defer t.showParked()()

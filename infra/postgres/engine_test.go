@@ -5,9 +5,11 @@ import (
 	"context"
 	"log/slog"
 	"net/url"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -441,3 +443,65 @@ func TestAHaltIsLogged(t *testing.T) {
 type writerFunc func([]byte) (int, error)
 
 func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+// A halt that is found before anything is read is said once by each task, and shown.
+func TestAHaltThatComesFirstIsShown(t *testing.T) {
+	s := newShop()
+	s.tell("MUG", inventory.Received{Quantity: 5})
+	pool := openTest(t)
+	m := shelf(1, new(atomic.Bool))
+	stop := start(t, newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{m} }))
+	s.caughtUp(t, pool)
+	stop()
+	if _, err := pool.Exec(t.Context(), "UPDATE wharf.tasks SET epoch = epoch + 1"); err != nil { // as a repair does
+		t.Fatal(err)
+	}
+	m.Topics = []string{projections.InventoryTopic, projections.OrdersTopic} // and the version was forgotten
+	var halts atomic.Int64
+	e := newEngine(t, pool, s, func(c *Config) {
+		c.Models = []projections.Model{m}
+		c.Logger = slog.New(slog.NewTextHandler(writerFunc(func(p []byte) (int, error) {
+			if strings.Contains(string(p), "a projection halts") {
+				halts.Add(1)
+			}
+			return len(p), nil
+		}), nil))
+	})
+	startIn(t, e, 0, 1)
+	eventually(t, "both tasks are shown as halted", func() bool {
+		return one[int](t, pool, "SELECT count(*) FROM wharf.tasks WHERE error LIKE '%its version must be raised%'") == 2
+	})
+	if n := halts.Load(); n != 2 {
+		t.Errorf("two tasks said %d times that they halt", n)
+	}
+}
+
+// A turn that was given in the moment in which its task was stopped is given back.
+func TestATurnThatIsNotTakenIsGivenBack(t *testing.T) {
+	e := New(nil, Config{Models: []projections.Model{projections.Stock}, Partitions: partitions})
+	turns := e.turns["stock"]
+	for range 50 { // in half of them the task sees first that it is stopped
+		ctx, stop := context.WithCancel(t.Context())
+		chunks := make(chan chunk, 2)
+		for i := range 2 {
+			chunks <- chunk{events: make([]arrival, 1), next: int64(i + 1), seq: int64(i + 1)}
+		}
+		seen := 0
+		task := &task{e: e, model: projections.Stock, turns: turns, at: position{offsets: []int64{0}, seqs: []int64{0}}, limits: bulkLimits,
+			moved: func(int64, int64) {
+				if seen++; seen == 2 { // it has asked for a turn after the first
+					for turns.TryAcquire(writers) {
+						turns.Release(writers)
+						runtime.Gosched()
+					}
+					stop()
+				}
+			}}
+		if b, err := task.collect(ctx, chunks, nil); err == nil {
+			b.turn.end()
+		}
+	}
+	if !turns.TryAcquire(writers) {
+		t.Error("not all turns have been given back")
+	}
+}

@@ -1,12 +1,10 @@
 package postgres
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -190,6 +188,12 @@ func (e *Engine) AsOf(ctx context.Context, model, key string, at *Moment, givenU
 	return s, nil
 }
 
+// began is when a row came to be.
+type began struct {
+	key any
+	at  time.Time
+}
+
 func (e *Engine) asOf(ctx context.Context, m projections.Model, at *Moment, leftOut map[string]bool, s *Snapshot) error {
 	partitions, err := e.partitionsOf(m, s.Key)
 	if err != nil {
@@ -202,7 +206,8 @@ func (e *Engine) asOf(ctx context.Context, m projections.Model, at *Moment, left
 	}
 	t := &task{model: m}
 	matches := matcher(m, s.Key)
-	rows, began := map[any]any{}, map[any]time.Time{}
+	rows := map[any]any{}
+	var order []began
 	for _, p := range partitions {
 		for _, topic := range m.Topics {
 			end, err := e.Source(topic).End(ctx, p)
@@ -239,7 +244,8 @@ func (e *Engine) asOf(ctx context.Context, m projections.Model, at *Moment, left
 						continue
 					}
 					if rows[key] == nil {
-						rows[key], began[key] = m.New(), r.Time
+						rows[key] = m.New()
+						order = append(order, began{key, r.Time})
 					}
 					if err := t.apply(key, rows[key], event); err != nil {
 						return fmt.Errorf("event %s: %w", r.Position, err)
@@ -256,11 +262,10 @@ func (e *Engine) asOf(ctx context.Context, m projections.Model, at *Moment, left
 			}
 		}
 	}
-	inOrder := slices.SortedFunc(maps.Keys(rows), func(a, b any) int {
-		return cmp.Or(began[a].Compare(began[b]), cmp.Compare(fmt.Sprint(a), fmt.Sprint(b)))
-	})
-	for _, key := range inOrder {
-		values, err := m.Values(key, rows[key])
+	// What was recorded at one time stays in the order in which it was read, which is that of its partition.
+	slices.SortStableFunc(order, func(a, b began) int { return a.at.Compare(b.at) })
+	for _, b := range order {
+		values, err := m.Values(b.key, rows[b.key])
 		if err != nil {
 			return err
 		}

@@ -303,8 +303,11 @@ func (e *Engine) RetryParked(ctx context.Context, model, key string) (Repaired, 
 // ErrNotParked says that no such event is parked.
 var ErrNotParked = errors.New("no such event is parked")
 
-// DiscardParked gives up the parked event at the position: no build of the model ever applies it. What waited for it
-// waits until it is retried.
+var errNotLive = errors.New("only the previous build waits for the event, and the live one has applied it, or has yet to come to it: " +
+	"retry what is parked instead")
+
+// DiscardParked gives up the event at the position, which is parked in the live build: no build of the model ever applies it.
+// What waited for it waits until it is retried.
 func (e *Engine) DiscardParked(ctx context.Context, model, position string) error {
 	m, err := projections.Find(e.Models, model)
 	if err != nil {
@@ -335,6 +338,11 @@ func (e *Engine) discard(ctx context.Context, model, position string) (found boo
 			if err := touchTask(ctx, tx, b, partition); err != nil {
 				return err
 			}
+			if b.state == previous {
+				if err := notAlone(ctx, tx, b, partition, position); err != nil {
+					return err
+				}
+			}
 			tag, err := tx.Exec(ctx, `WITH gone AS (DELETE FROM wharf.parked
 					WHERE build = $1 AND partition = $2 AND topic || '/' || partition || '/' || seq = $3 RETURNING topic, seq)
 				INSERT INTO wharf.discarded (model, partition, topic, seq) SELECT $4, $2, topic, seq FROM gone
@@ -345,6 +353,26 @@ func (e *Engine) discard(ctx context.Context, model, position string) (found boo
 		})
 	})
 	return found, err
+}
+
+// notAlone is an error if the event at the position is parked in this build, but not in the live one, which has not given it up.
+func notAlone(ctx context.Context, tx pgx.Tx, b build, partition int32, position string) error {
+	// A retry that is under way is waited for.
+	_, err := tx.Exec(ctx, `SELECT FROM wharf.builds b JOIN wharf.tasks t ON t.build = b.id
+		WHERE b.model = $1 AND b.state = 'live' AND t.partition = $2 FOR SHARE OF t`, b.model, partition)
+	if err != nil {
+		return err
+	}
+	var here, live, givenUp bool
+	err = tx.QueryRow(ctx, `SELECT coalesce(bool_or(b.id = $4), false), coalesce(bool_or(b.state = 'live'), false),
+			EXISTS (SELECT FROM wharf.discarded WHERE model = $1 AND topic || '/' || partition || '/' || seq = $3)
+		FROM wharf.parked k JOIN wharf.builds b ON b.id = k.build
+		WHERE b.model = $1 AND k.partition = $2 AND k.topic || '/' || k.partition || '/' || k.seq = $3`,
+		b.model, partition, position, b.id).Scan(&here, &live, &givenUp)
+	if err == nil && here && !live && !givenUp {
+		err = errNotLive
+	}
+	return err
 }
 
 // eachParked calls f for each task of the live and the previous build that has parked events.

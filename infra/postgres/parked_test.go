@@ -565,3 +565,27 @@ func TestAStreamWaitsInAllTopics(t *testing.T) {
 		t.Errorf("another read model is retried: %v", err)
 	}
 }
+
+// What the live build has applied cannot be given up, although the previous one still waits for it.
+func TestWhatTheLiveBuildHasIsNotGivenUp(t *testing.T) {
+	broken := new(atomic.Bool)
+	broken.Store(true)
+	s := newShop()
+	s.tell("MUG", inventory.Received{Quantity: 5})
+	at := s.tell("MUG", inventory.Adjusted{Delta: 13})
+	pool := openTest(t)
+	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{shelf(1, broken)} })
+	start(t, e)
+	s.caughtUp(t, pool)
+	broken.Store(false) // mended, and built anew
+	if err := e.Replay(t.Context(), []string{"shelf"}, ReplayOptions{}, func(Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.DiscardParked(t.Context(), "shelf", at.String()); !errors.Is(err, errNotLive) {
+		t.Error(err)
+	}
+	verify(t, e, 0)
+	if done, err := e.RetryParked(t.Context(), "shelf", ""); err != nil || done.Applied != 1 {
+		t.Errorf("%+v, %v", done, err)
+	}
+}

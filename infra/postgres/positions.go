@@ -57,6 +57,7 @@ type waiter struct {
 	looked chan struct{} // closed when it has been looked at once
 	once   bool
 	seen   reached
+	err    error // of the last question
 }
 
 // Wait implements projections.Positions.
@@ -92,6 +93,9 @@ func (p *Positions) Wait(ctx context.Context, model string, at domain.Position, 
 	case <-w.done:
 		return nil
 	default:
+		if w.err != nil {
+			return w.err
+		}
 		return &projections.BehindError{Model: model, Wanted: at, Seen: w.seen.seq, Halted: w.seen.halted}
 	}
 }
@@ -121,7 +125,7 @@ func (p *Positions) ask() {
 			p.seen, p.asked = now, began
 		}
 		for _, w := range asked {
-			w.seen = now[w.seenAt]
+			w.seen, w.err = now[w.seenAt], err
 			if _, waits := p.waiting[w]; waits && w.seen.seq >= w.seq {
 				delete(p.waiting, w)
 				close(w.done)

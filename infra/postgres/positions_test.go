@@ -17,6 +17,7 @@ import (
 	"wharf/domain"
 	"wharf/domain/inventory"
 	"wharf/domain/orders"
+	"wharf/infra/journal"
 	"wharf/projections"
 )
 
@@ -249,5 +250,54 @@ func TestAWaitLooksAtLeastOnce(t *testing.T) {
 	p.asked = p.asked.Add(-fresh)
 	if err := p.Wait(t.Context(), "stock", at, 0); err == nil {
 		t.Error("a position that was lost is taken for seen")
+	}
+}
+
+// Who waits for what does not come is asked for less and less often.
+func TestWhoWaitsForLongIsAskedForLessOften(t *testing.T) {
+	s := newShop()
+	pool := openTest(t)
+	newEngine(t, pool, s)
+	asked := &counted{querier: pool}
+	never := domain.Position{Topic: projections.InventoryTopic, Partition: 1, Seq: 1}
+	var behind *projections.BehindError
+	if err := NewPositions(asked).Wait(t.Context(), "stock", never, time.Second); !errors.As(err, &behind) {
+		t.Error(err)
+	}
+	if n := asked.n.Load(); n > 300 { // about 42 until pauses are of 5 ms, and 192 such
+		t.Errorf("%d questions within a second", n)
+	}
+}
+
+// Who waits while the database is away is told so, and not that the read model is behind.
+func TestAWaitTellsThatTheDatabaseIsAway(t *testing.T) {
+	pool := openTest(t)
+	pool.Close()
+	err := NewPositions(pool).Wait(t.Context(), "stock", domain.Position{Topic: projections.InventoryTopic, Seq: 1}, 0)
+	if err == nil || !strings.Contains(err.Error(), "closed pool") {
+		t.Errorf("it says %v", err)
+	}
+}
+
+// Rows of one time come in the order of their partition.
+func TestRowsOfOneTimeComeInOrder(t *testing.T) {
+	s := newShop()
+	data, err := domain.Encode(orders.ItemReserved{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 12 {
+		r := s.Next(projections.OrdersTopic, orderID(1), orders.ItemReserved{}.EventName(), data)
+		r.Time = time.Date(2026, 3, 31, 0, 0, 0, 0, time.UTC)
+		s.append(projections.OrdersTopic, journal.NewEventRecord(r))
+	}
+	got, err := New(nil, Config{Source: s.reader, Partitions: partitions}).AsOf(t.Context(), "history", orderID(1), nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, row := range got.Rows {
+		if row["seq"] != int64(i+1) {
+			t.Errorf("row %d is of event %v", i, row["seq"])
+		}
 	}
 }

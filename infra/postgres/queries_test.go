@@ -20,6 +20,7 @@ import (
 	"wharf/domain/orders"
 	"wharf/domain/payments"
 	"wharf/domain/shipping"
+	"wharf/infra/journal"
 	"wharf/projections"
 )
 
@@ -309,5 +310,19 @@ func TestBadQuestionsAreRefusedByName(t *testing.T) {
 		if w := a.get(path); w.Code != http.StatusInternalServerError || !strings.Contains(w.Body.String(), domain.ErrUnknown.Error()) {
 			t.Errorf("GET %s: %d %s, want domain.ErrUnknown", path, w.Code, w.Body)
 		}
+	}
+}
+
+// A sum says that it misses an event, although the event would have made a row of its own.
+func TestASumThatMissesAnEventSaysSo(t *testing.T) {
+	s := newShop()
+	one, other := orderID(1), ""
+	for i := 2; other == "" || journal.Partition([]byte(other), partitions) == journal.Partition([]byte(one), partitions); i++ {
+		other = orderID(i)
+	}
+	s.tell(one, payments.Captured{Amount: pounds(100)})
+	s.raw(projections.PaymentsTopic, other, "payment.captured.v1", `{"amount": broken`)
+	if got := newAPI(t, s).body("/sales"); !strings.Contains(got, `"stale":true`) {
+		t.Error(got)
 	}
 }

@@ -252,9 +252,9 @@ func (e *Engine) open(ctx context.Context, m projections.Model, progress func(Pr
 func (e *Engine) begin(ctx context.Context, m projections.Model, progress func(Progress), purpose string) (
 	r *replay, end func(*error), err error,
 ) {
-	// What was left unfinished would only be in the way.
+	// What was left unfinished would only be in the way, and need not go.
 	if err := e.sweep(ctx); err != nil {
-		return nil, nil, err
+		e.Logger.Warn("old builds cannot be dropped, and are tried again", "err", err)
 	}
 	r, closeAll, err := e.open(ctx, m, progress)
 	if err != nil {
@@ -332,7 +332,7 @@ type replay struct {
 // load finds out where the build's tasks are.
 func (r *replay) load(ctx context.Context) error {
 	r.report.Build = r.build.id
-	r.tasks = nil
+	tasks := make([]*task, 0, r.e.Partitions)
 	for p := range int32(r.e.Partitions) {
 		t, err := r.e.load(ctx, r.pool, r.model, r.build, p)
 		if err != nil {
@@ -340,8 +340,9 @@ func (r *replay) load(ctx context.Context) error {
 		}
 		t.moved = func(records, _ int64) { r.moved(ctx, records) }
 		t.quiet = r.quiet
-		r.tasks = append(r.tasks, t)
+		tasks = append(tasks, t)
 	}
+	r.tasks = tasks // all of them or none: a swap brings up what is here
 	return nil
 }
 
@@ -463,7 +464,10 @@ func (r *replay) tryToMeet(ctx context.Context, f func(tx pgx.Tx, live build) er
 		if err := r.advance(catching, until); err != nil {
 			if catching.Err() != nil && ctx.Err() == nil {
 				// A task that was stopped in the middle of a transaction does not know where it is.
-				return errors.Join(errTooSlow, r.load(ctx))
+				if err := r.load(ctx); err != nil {
+					return err
+				}
+				return errTooSlow
 			}
 			return err
 		}

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"wharf/domain"
 	"wharf/domain/inventory"
@@ -297,9 +299,6 @@ func TestAReplayIsAloneAndCanBeCutOff(t *testing.T) {
 		t.Errorf("it left %d unfinished builds behind", n)
 	}
 	// One that was killed leaves its build behind, and the next clears it away.
-	if _, err := pool.Exec(context.Background(), "SELECT 1"); err != nil {
-		t.Fatal(err)
-	}
 	tx, err := pool.Begin(context.Background())
 	if err != nil {
 		t.Fatal(err)
@@ -577,5 +576,199 @@ func TestALockOnOneReadModelHoldsUpNoOther(t *testing.T) {
 	at := s.tell("MUG", inventory.Received{Quantity: 1})
 	if err := NewPositions(pool).Wait(ctx, "stock", at, 20*time.Second); err != nil {
 		t.Error(err)
+	}
+}
+
+// before calls f before it reads.
+type before struct {
+	journal.Reader
+	f func(ctx context.Context) error
+}
+
+func (b before) Read(ctx context.Context, p int32, from int64, f func(journal.Batch) error) error {
+	if err := b.f(ctx); err != nil {
+		return err
+	}
+	return b.Reader.Read(ctx, p, from, f)
+}
+
+// A swap whose last catching up was too slow begins once more, with all of its tasks or not at all.
+func TestASwapHasAllOfItsTasks(t *testing.T) {
+	s := newShop()
+	for i := range 40 {
+		s.order(i, 2)
+	}
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	project := func() {
+		stop := start(t, e)
+		s.caughtUp(t, pool)
+		stop()
+	}
+	project()
+	more := func(from, to int) {
+		for i := from; i < to; i++ {
+			s.order(i, 2)
+		}
+		project()
+	}
+
+	var failing atomic.Bool // the tenth connection from then on is broken
+	var acquired atomic.Int64
+	config := pool.Config()
+	config.PrepareConn = func(context.Context, *pgx.Conn) (bool, error) {
+		if failing.Load() && acquired.Add(1) == 10 {
+			failing.Store(false)
+			return false, errors.New("a connection that broke")
+		}
+		return true, nil
+	}
+	unreliable, err := pgxpool.NewWithConfig(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unreliable.Close()
+	onRead := func(context.Context) error { return nil }
+	source := func(topic string) journal.Reader {
+		return before{s.reader(topic), func(ctx context.Context) error { return onRead(ctx) }}
+	}
+	r, end, err := New(unreliable, Config{Source: source, Partitions: partitions, Parallel: 1}).
+		begin(t.Context(), projections.Orders, func(Progress) {}, forReplay)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer end(&err)
+	if err = r.fill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	more(40, 80)
+	var meanwhile, slow sync.Once
+	onRead = func(ctx context.Context) (err error) {
+		meanwhile.Do(func() { more(80, 160) })
+		locked := one[string](t, pool, "SELECT state FROM pg_stat_activity WHERE pid = $1", r.conn.Conn().PgConn().PID()) == "idle in transaction"
+		if locked {
+			slow.Do(func() {
+				<-ctx.Done()
+				failing.Store(true)
+				err = ctx.Err()
+			})
+		}
+		return err
+	}
+	if err = r.swap(t.Context()); err == nil || !strings.Contains(err.Error(), "a connection that broke") {
+		t.Errorf("the swap says %v", err)
+	}
+	if n := one[int](t, pool, "SELECT count(*) FROM wharf_read.orders"); n != 160 {
+		t.Errorf("queries see %d orders of 160", n)
+	}
+}
+
+// A task that took the build for the live one, and had to wait for the swap, writes nothing.
+func TestWhoWaitsForASwapWritesNothing(t *testing.T) {
+	s := newShop()
+	s.tell("MUG", inventory.Received{Quantity: 5})
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	stop := start(t, e)
+	s.caughtUp(t, pool)
+	stop()
+	all, err := builds(t.Context(), pool, live)
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := all[slices.IndexFunc(all, func(b build) bool { return b.model == "stock" })]
+	late, err := e.load(t.Context(), pool, projections.Stock, old, journal.Partition([]byte("MUG"), partitions))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.tell("MUG", inventory.Received{Quantity: 1})
+	r, end, err := e.begin(t.Context(), projections.Stock, func(Progress) {}, forReplay)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer end(&err)
+	if err = r.fill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	err = r.meet(t.Context(), func(tx pgx.Tx, _ build) error {
+		go func() { done <- late.run(t.Context(), []int64{2}) }()
+		eventually(t, "it waits for the lock", func() bool {
+			return one[int](t, pool, "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'") > 0
+		})
+		return e.publish(t.Context(), tx, projections.Stock, r.build)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; !isCode(err, codeMoved) {
+		t.Errorf("it ends with %v", err)
+	}
+}
+
+// What people have made of a build that they were left to look at keeps it from being dropped, and nothing else.
+func TestAViewOnAnOldBuildStopsNoReplay(t *testing.T) {
+	s := newShop()
+	s.order(1, 2)
+	pool := openTest(t)
+	e := newEngine(t, pool, s, func(c *Config) { c.Keep = time.Millisecond })
+	stop := start(t, e)
+	s.caughtUp(t, pool)
+	stop()
+	var table string
+	err := e.Replay(t.Context(), []string{"orders"}, ReplayOptions{NoSwap: true}, func(p Progress) { table = p.Table })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pool.Exec(t.Context(), "CREATE VIEW public.mine AS SELECT * FROM "+table); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it need not be kept any more", func() bool {
+		return one[bool](t, pool, "SELECT bool_and(keep_until < now()) FROM wharf.builds WHERE state = 'scratch'")
+	})
+	if err := e.Replay(t.Context(), []string{"stock"}, ReplayOptions{}, func(Progress) {}); err != nil {
+		t.Error(err)
+	}
+	if err := e.Verify(t.Context(), []string{"sales"}, func(Progress) {}, func(Comparison) {}); err != nil {
+		t.Error(err)
+	}
+}
+
+// Somebody who reads the old build, for long, is in the way of its dropping, and not of the live one.
+func TestTheLiveBuildDoesNotWaitForAnOldOneToBeDropped(t *testing.T) {
+	s := newShop()
+	s.stock(40)
+	pool := openTest(t)
+	e := newEngine(t, pool, s, func(c *Config) { c.Models, c.Grace = []projections.Model{projections.Stock}, 10*time.Millisecond })
+	start(t, e)
+	s.caughtUp(t, pool)
+	old := one[int64](t, pool, "SELECT id FROM wharf.builds WHERE state = 'live'")
+	if err := e.Replay(t.Context(), []string{"stock"}, ReplayOptions{}, func(Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	tx, err := pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tx.Rollback(context.Background()) }()
+	if _, err := tx.Exec(t.Context(), "SELECT count(*) FROM "+Table("stock", old)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pool.Exec(t.Context(), "UPDATE wharf.builds SET keep_until = now() WHERE state = 'previous'"); err != nil {
+		t.Fatal(err)
+	}
+	const dropping = `SELECT coalesce(max(query_start)::text, '') FROM pg_stat_activity
+		WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE 'DROP TABLE%'`
+	var since string
+	eventually(t, "it is to be dropped", func() bool { since = one[string](t, pool, dropping); return since != "" })
+	positions := NewPositions(pool)
+	for i := range 40 {
+		at := s.tell(fmt.Sprintf("SKU-%d", i), inventory.Received{Quantity: 1})
+		if err := positions.Wait(t.Context(), "stock", at, 20*time.Second); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if one[string](t, pool, dropping) != since {
+		t.Error("the live build went on only after the dropping was given up")
 	}
 }

@@ -79,19 +79,19 @@ func (h *haltError) Unwrap() error { return h.err }
 
 func haltf(format string, args ...any) error { return &haltError{fmt.Errorf(format, args...)} }
 
-// load finds where the task is.
+// load finds where the task is. There is a task, in its epoch, when it can be told why it halts.
 func (e *Engine) load(
 	ctx context.Context, pool *pgxpool.Pool, m projections.Model, b build, partition int32,
 ) (*task, error) {
 	t := &task{e: e, pool: pool, model: m, build: b, partition: partition,
 		limits: limits{e.Batch, batchBytes, cachedRows, e.Copy}, bulk: b.state == building,
 		log: e.Logger.With("model", m.Name, "build", b.id, "partition", partition)}
-	if !slices.Equal(m.Topics, b.topics) {
-		return nil, haltf("the build was made from the topics %v, and version %d of %s is made from %v: "+
-			"its version must be raised", b.topics, m.Version, m.Name, m.Topics)
-	}
 	if err := t.reload(ctx); err != nil {
-		return nil, fmt.Errorf("find the position of %s in partition %d: %w", m.Name, partition, err)
+		return t, fmt.Errorf("find the position of %s in partition %d: %w", m.Name, partition, err)
+	}
+	if !slices.Equal(m.Topics, b.topics) {
+		return t, haltf("the build was made from the topics %v, and version %d of %s is made from %v: "+
+			"its version must be raised", b.topics, m.Version, m.Name, m.Topics)
 	}
 	return t, nil
 }

@@ -186,6 +186,10 @@ func (e *Engine) verify(ctx context.Context, m projections.Model, pace int, prog
 			return c, fmt.Errorf("%w: it has %d, and this program %d", errOtherVersion, b.version, m.Version)
 		}
 	}
+	var givenUp int64
+	if err := e.pool.QueryRow(ctx, "SELECT count(*) FROM wharf.discarded WHERE model = $1", m.Name).Scan(&givenUp); err != nil {
+		return c, err
+	}
 	r, end, err := e.begin(ctx, m, progress, forLooking)
 	if err != nil {
 		return c, err
@@ -196,8 +200,13 @@ func (e *Engine) verify(ctx context.Context, m projections.Model, pace int, prog
 		return c, err
 	}
 	c, err = r.compare(ctx)
-	if err != nil {
+	switch {
+	case err != nil:
 		return c, err
+	case c.Version != m.Version: // swapped in meanwhile
+		return c, fmt.Errorf("%w: it has %d, and this program %d", errOtherVersion, c.Version, m.Version)
+	case c.Discarded != givenUp: // which the fold does not know of
+		return c, errors.New("an event was given up meanwhile: verify it again")
 	}
 	r.tell(PhaseDone)
 	if err := r.abandon(ctx); err != nil { // the next sweep drops it

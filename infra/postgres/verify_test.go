@@ -14,7 +14,9 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"wharf/domain/inventory"
 	"wharf/infra/journal"
+	"wharf/projections"
 )
 
 // What somebody has changed behind the projector's back is found, row by row, and a replay does not swap a difference in
@@ -393,4 +395,50 @@ func (r watching) Read(ctx context.Context, p int32, from int64, f func(journal.
 		watchingOne.Unlock()
 		return f(b)
 	})
+}
+
+// A verification that a new version overtakes says so, and has found nothing.
+func TestAVerificationIsOvertakenByANewVersion(t *testing.T) {
+	s := newShop()
+	s.tell("MUG", inventory.Received{Quantity: 5})
+	pool := openTest(t)
+	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{shelf(1, new(atomic.Bool))} })
+	stop := start(t, e)
+	s.caughtUp(t, pool)
+	stop()
+	newer := New(pool, Config{Models: []projections.Model{shelf(2, new(atomic.Bool))}, Source: s.reader, Partitions: partitions})
+	err := e.Verify(t.Context(), []string{"shelf"}, func(p Progress) {
+		if p.Phase == PhaseVerifying {
+			if err := newer.Replay(t.Context(), []string{"shelf"}, ReplayOptions{Force: true}, func(Progress) {}); err != nil {
+				t.Error(err)
+			}
+		}
+	}, func(Comparison) { t.Error("there is a result") })
+	if !errors.Is(err, errOtherVersion) {
+		t.Error(err)
+	}
+}
+
+// An event that is given up during a verification is no difference.
+func TestADiscardDuringAVerificationIsNoDifference(t *testing.T) {
+	broken := new(atomic.Bool)
+	broken.Store(true)
+	s := newShop()
+	s.tell("MUG", inventory.Received{Quantity: 5})
+	at := s.tell("MUG", inventory.Adjusted{Delta: 13})
+	pool := openTest(t)
+	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{shelf(1, broken)} })
+	start(t, e)
+	s.caughtUp(t, pool)
+	err := e.Verify(t.Context(), []string{"shelf"}, func(p Progress) {
+		if p.Phase == PhaseVerifying {
+			if err := e.DiscardParked(t.Context(), "shelf", at.String()); err != nil {
+				t.Error(err)
+			}
+		}
+	}, func(Comparison) { t.Error("there is a result") })
+	if err == nil || !strings.Contains(err.Error(), "given up meanwhile") {
+		t.Error(err)
+	}
+	verify(t, e, 0)
 }
