@@ -157,7 +157,10 @@ func (c *parkedRetryCmd) Run(ctx context.Context) error {
 	})
 }
 
-type parkedDiscardCmd struct{ parkedEventArgs }
+type parkedDiscardCmd struct {
+	parkedEventArgs
+	JSON bool `help:"Print the result as JSON."`
+}
 
 // Run implements the subcommand.
 func (c *parkedDiscardCmd) Run(ctx context.Context) error {
@@ -167,6 +170,9 @@ func (c *parkedDiscardCmd) Run(ctx context.Context) error {
 	return c.withEngine(ctx, "wharf-parked", postgres.Config{}, func(ctx context.Context, _ *kafka.Client, engine *postgres.Engine) error {
 		if err := engine.DiscardParked(ctx, c.Model, c.Position); err != nil {
 			return err
+		}
+		if c.JSON {
+			return printJSON(map[string]string{"model": c.Model, "position": c.Position})
 		}
 		fmt.Fprintf(stdout, "%s: %s is given up; wharf parked retry %s applies what waited for it\n", c.Model, c.Position, c.Model)
 		return nil

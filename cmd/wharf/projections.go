@@ -29,7 +29,13 @@ func (f *storesFlag) resolve() error {
 		return nil
 	}
 	demo, err := embedded.ReadRuntime(f.DataDir)
-	if err != nil {
+	switch {
+	case err == nil:
+	case f.DatabaseURL != "":
+		return fmt.Errorf("--kafka-brokers is missing: %w", err)
+	case len(f.KafkaBrokers) > 0:
+		return fmt.Errorf("--database-url is missing: %w", err)
+	default:
 		return err
 	}
 	if len(f.KafkaBrokers) == 0 {

@@ -27,7 +27,7 @@ type replayCmd struct {
 	Rollback bool `help:"Make the previous build of the read models the live one again, instead of building anything."`
 	DryRun   bool `help:"Say what would be read and written, and do nothing."`
 	NoSwap   bool `help:"Leave the new build beside the live one, to be looked at, whether it differs or not."`
-	Force    bool `help:"Swap the new build in although its rows differ from the live ones; the difference is shown."`
+	Force    bool `help:"Swap the new build in although its rows differ from the live ones, or the log ends before them; the difference is shown."`
 
 	FromPosition *string `placeholder:"WHEN" help:"Build only of what came from there on: a position such as orders.events/3/17, or a time. Never swapped in."`
 	Until        *string `placeholder:"WHEN" help:"Build only of what had happened by then: a position or a time. Never swapped in."`
@@ -53,8 +53,8 @@ func (c *replayCmd) Run(ctx context.Context) error {
 	if err := positive("--keep-builds", c.KeepBuilds); err != nil {
 		return err
 	}
-	if c.Parallel < 0 {
-		return usageError("--parallel is a number of partitions")
+	if c.Parallel < 0 || c.Parallel > 0 && (c.Rollback || c.DryRun) {
+		return usageError("--parallel is a number of partitions, of what is built")
 	}
 	models, err := modelsOf(c.Models)
 	if err != nil {
@@ -99,7 +99,7 @@ func (c *replayCmd) Run(ctx context.Context) error {
 			case inspect:
 				err = engine.Inspect(ctx, name, part, tell)
 			default:
-				err = engine.Replay(ctx, []string{name}, postgres.ReplayOptions{NoSwap: c.NoSwap, Force: c.Force}, tell)
+				err = engine.Replay(ctx, []string{name}, postgres.ReplayOptions{NoSwap: c.NoSwap, Force: c.Force, Lost: c.Force}, tell)
 			}
 			var difference *postgres.DifferenceError
 			if errors.As(err, &difference) {
@@ -108,7 +108,7 @@ func (c *replayCmd) Run(ctx context.Context) error {
 			if last := len(results) - 1; c.NoSwap && err == nil && results[last].Comparison != nil && !results[last].Comparison.Same() {
 				errs = append(errs, fmt.Errorf("%s: the rows of the new build differ", name))
 			}
-			if errs = append(errs, err); err == nil || difference != nil || errors.Is(err, postgres.ErrReplaying) {
+			if errs = append(errs, err); err == nil || difference != nil || errors.Is(err, postgres.ErrReplaying) || errors.Is(err, postgres.ErrNoPrevious) {
 				continue // what is wrong with one is not wrong with the others
 			}
 			if left := models[i+1:]; len(left) > 0 {
@@ -207,11 +207,12 @@ type replayed struct {
 	Comparison *postgres.Comparison `json:"comparison,omitempty"`
 	Refused    bool                 `json:"refused,omitempty"` // not swapped in, because it differs
 
-	Rows int64 `json:"rows,omitempty"` // of a part
+	Rows   int64 `json:"rows,omitempty"`   // of a part
+	Parked int64 `json:"parked,omitempty"` // events that are missing from it
 }
 
 func resultOf(p postgres.Progress) replayed {
-	return replayed{p.Model, p.Build, p.Done, p.Table, p.Comparison, false, p.Rows}
+	return replayed{p.Model, p.Build, p.Done, p.Table, p.Comparison, false, p.Rows, p.Parked}
 }
 
 func (c *replayCmd) sentence(r replayed) string {
@@ -219,7 +220,11 @@ func (c *replayCmd) sentence(r replayed) string {
 	case c.Rollback:
 		return fmt.Sprintf("%s is build %d again; the one that was live is kept, and --rollback brings it back. Nothing was compared: `wharf verify %s` does", r.Name, r.Build, r.Name)
 	case r.Comparison == nil:
-		return fmt.Sprintf("%s: %d rows in the table %s, which is dropped after %s", r.Name, r.Rows, r.Table, c.KeepBuilds)
+		text := fmt.Sprintf("%s: %d rows in the table %s, which is dropped after %s", r.Name, r.Rows, r.Table, c.KeepBuilds)
+		if r.Parked > 0 {
+			text += fmt.Sprintf("; %d events are missing, because they cannot be applied, or wait for one that cannot", r.Parked)
+		}
+		return text
 	}
 	text := fmt.Sprintf("%s is build %d now, made of %d records", r.Name, r.Build, r.Events)
 	if c.NoSwap {

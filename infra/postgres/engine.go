@@ -190,6 +190,15 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 	for _, m := range e.Models {
 		i := slices.IndexFunc(have, func(b build) bool { return b.model == m.Name })
 		if i >= 0 {
+			gone, err := e.retireIfGone(ctx, conn, have[i])
+			if err != nil {
+				return err
+			}
+			if gone {
+				i = -1
+			}
+		}
+		if i >= 0 {
 			if err := e.repoint(ctx, conn, m, have[i]); err != nil {
 				return fmt.Errorf("make the view of %s anew: %w", m.Name, err)
 			}
@@ -210,6 +219,17 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 		}
 	}
 	return nil
+}
+
+// retireIfGone retires a live build whose table somebody has dropped, so that another one is made.
+func (e *Engine) retireIfGone(ctx context.Context, conn *pgxpool.Conn, b build) (gone bool, err error) {
+	tag, err := conn.Exec(ctx, "UPDATE wharf.builds SET state = 'retired', keep_until = now() WHERE id = $1 AND to_regclass($2) IS NULL",
+		b.id, b.table())
+	if err != nil || tag.RowsAffected() == 0 {
+		return false, err
+	}
+	e.Logger.Warn("the table of a read model is gone, and is built anew from the log", "model", b.model, "build", b.id)
+	return true, nil
 }
 
 // unlock gives a session's advisory lock back, even when ctx has ended; a connection that cannot is closed, which does.
@@ -364,7 +384,7 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 			log.Error("a projection halts: it does not go on without help", "build", b.id, "err", err)
 			e.awaitRepair(whileKept, b.build, partition, epoch, err, log)
 		default:
-			if time.Since(began) > time.Minute {
+			if time.Since(began) > 2*mostPause {
 				retry = backoff{}
 			}
 			if (retry.tries == 3 || retry.tries%30 == 29) && !isCode(err, codeMoved) && e.mayWarn(m.Name) {

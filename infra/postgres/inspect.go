@@ -344,20 +344,23 @@ func (e *Engine) inspect(ctx context.Context, m projections.Model, part Part, pr
 		}
 		t.wanted = wanted
 	}
+	r.lost = true
 	if err := r.fill(ctx); err != nil {
 		return err
 	}
-	var rows int64
-	if err := r.conn.QueryRow(ctx, "SELECT count(*) FROM "+r.build.table()).Scan(&rows); err != nil {
+	var rows, parked int64
+	err = r.conn.QueryRow(ctx, "SELECT (SELECT count(*) FROM "+r.build.table()+"), (SELECT count(*) FROM wharf.parked WHERE build = $1)",
+		r.build.id).Scan(&rows, &parked)
+	if err != nil {
 		return err
 	}
-	if rows == 0 && part.Key != "" {
+	if rows == 0 && parked == 0 && part.Key != "" {
 		return ErrNoRow
 	}
 	if err := r.keepAside(ctx); err != nil {
 		return err
 	}
-	r.report.Table, r.report.Rows = r.build.table(), rows
+	r.report.Table, r.report.Rows, r.report.Parked = r.build.table(), rows, parked
 	r.tell(PhaseDone)
 	return nil
 }

@@ -589,3 +589,22 @@ func TestWhatTheLiveBuildHasIsNotGivenUp(t *testing.T) {
 		t.Errorf("%+v, %v", done, err)
 	}
 }
+
+// A part for people to look at says how many events are missing from it.
+func TestAPartSaysWhatIsMissing(t *testing.T) {
+	broken := new(atomic.Bool)
+	broken.Store(true)
+	s := newShop()
+	s.tell("MUG", inventory.Received{Quantity: 5}, inventory.Adjusted{Delta: 13}, inventory.Received{Quantity: 1})
+	pool := openTest(t)
+	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{shelf(1, broken)} })
+	start(t, e)
+	s.caughtUp(t, pool)
+	var last Progress
+	if err := e.Inspect(t.Context(), "shelf", Part{Key: "MUG"}, func(p Progress) { last = p }); err != nil {
+		t.Fatal(err)
+	}
+	if last.Rows != 1 || last.Parked != 2 {
+		t.Errorf("%d rows, and %d events are missing", last.Rows, last.Parked)
+	}
+}

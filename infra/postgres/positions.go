@@ -33,6 +33,9 @@ const fresh = 100 * time.Millisecond
 // longestPause is between two questions while somebody waits and answers come.
 const longestPause = 5 * time.Millisecond
 
+// leastLook is how long an answer of the database is waited for at least.
+const leastLook = time.Second
+
 // NewPositions reads from the pool, which may be one for queries.
 func NewPositions(pool querier) *Positions {
 	return &Positions{pool: pool, waiting: map[*waiter]struct{}{}}
@@ -78,6 +81,7 @@ func (p *Positions) Wait(ctx context.Context, model string, at domain.Position, 
 	defer enough.Stop()
 	select {
 	case <-w.looked: // however short the wait is to be
+	case <-time.After(max(most, leastLook)):
 	case <-ctx.Done():
 	}
 	select {
@@ -93,6 +97,9 @@ func (p *Positions) Wait(ctx context.Context, model string, at domain.Position, 
 	case <-w.done:
 		return nil
 	default:
+		if !w.once {
+			return fmt.Errorf("read the positions: the database does not answer: %w", context.DeadlineExceeded)
+		}
 		if w.err != nil {
 			return w.err
 		}

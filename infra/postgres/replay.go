@@ -18,10 +18,14 @@ import (
 // ErrReplaying says that somebody else is building the read model anew. The error that wraps it says who.
 var ErrReplaying = errors.New("the read model is being built anew already")
 
+// ErrNoPrevious says that there is no build to go back to.
+var ErrNoPrevious = errors.New("there is no previous build: none has been swapped out lately")
+
 // ReplayOptions say what becomes of a new build.
 type ReplayOptions struct {
 	NoSwap bool // it is left beside the live one, to be looked at, for Config.Keep
 	Force  bool // it is swapped in although it differs from the live one
+	Lost   bool // it is made of what there is, although the live one has read beyond the end of the log
 }
 
 // Phase is what a replay is doing.
@@ -49,6 +53,7 @@ type Progress struct {
 	Comparison *Comparison // with the live build, once there is one
 	Table      string      // of the new build, in the last phase
 	Rows       int64       // in it, of a part that is for inspection
+	Parked     int64       // events that are missing from it, because they could not be applied, or wait for one
 }
 
 const (
@@ -97,6 +102,7 @@ func (e *Engine) replay(ctx context.Context, m projections.Model, o ReplayOption
 		return err
 	}
 	defer end(&err)
+	r.lost = o.Lost
 	if err := r.fill(ctx); err != nil {
 		return err
 	}
@@ -203,7 +209,7 @@ func (e *Engine) rollback(ctx context.Context, m projections.Model, progress fun
 	}
 	i := slices.IndexFunc(all, func(b build) bool { return b.model == m.Name })
 	if i < 0 {
-		return errors.New("there is no previous build: none has been swapped out lately")
+		return ErrNoPrevious
 	}
 	if all[i].version != m.Version {
 		return fmt.Errorf("the previous build is of version %d, and this program has version %d: use the program that made it",
@@ -322,6 +328,7 @@ type replay struct {
 	conn  *pgxpool.Conn
 	tasks []*task
 	pace  pacer
+	lost  bool // the live build may be beyond the end of the log, which is right
 	quiet bool // about what is parked: for a build that is only looked at
 
 	mu       sync.Mutex
@@ -352,6 +359,9 @@ func (r *replay) fill(ctx context.Context) error {
 	if err == nil {
 		err = r.ends(ctx, until, func(offset int64) bool { return offset < 0 })
 	}
+	if err == nil {
+		err = r.within(ctx, until)
+	}
 	if err != nil {
 		return err
 	}
@@ -362,6 +372,46 @@ func (r *replay) fill(ctx context.Context) error {
 	}
 	r.tell(PhaseReading)
 	return r.advance(ctx, until)
+}
+
+// within sees that the topics reach as far as the build is to be brought, or nobody would ever get there: a live build can
+// be beyond the end of a topic that has lost records, or was made anew. Who has just become the leader of a partition may
+// not know its end yet, so it is asked a few times.
+func (r *replay) within(ctx context.Context, until [][]int64) error {
+	for retry := (backoff{}); ; {
+		beyond, err := r.beyond(ctx, until)
+		if err != nil || beyond == nil || retry.tries == endTries || !retry.sleep(ctx) {
+			return errors.Join(err, beyond)
+		}
+	}
+}
+
+// endTries are within some three seconds.
+const endTries = 6
+
+// beyond says of the first place that is beyond its topic's end, if there is one. If the log is right, the places are put
+// back to where it ends.
+func (r *replay) beyond(ctx context.Context, until [][]int64) (beyond, err error) {
+	ends := make([][]int64, len(until))
+	for p := range until {
+		ends[p] = slices.Clone(until[p])
+	}
+	if err := r.ends(ctx, ends, func(int64) bool { return true }); err != nil {
+		return nil, err
+	}
+	for p := range until {
+		for i, end := range ends[p] {
+			switch {
+			case until[p][i] <= max(end, r.tasks[p].at.offsets[i]):
+			case r.lost:
+				until[p][i] = end
+			default:
+				return fmt.Errorf("the live build has read %s partition %d up to offset %d, and the log ends at %d: it lost records, "+
+					"or the topic was made anew. Restore it, or build of what is there (wharf replay --force)", r.model.Topics[i], p, until[p][i], end), nil
+			}
+		}
+	}
+	return nil, nil
 }
 
 // readOn brings the build to where the topics end now, which finds out whether they can be read that far.
@@ -427,6 +477,9 @@ func (r *replay) meet(ctx context.Context, f func(tx pgx.Tx, live build) error) 
 		// What has come in meanwhile, or during the last try.
 		_, until, err := r.livePositions(ctx, r.conn, "")
 		if err == nil {
+			err = r.within(ctx, until)
+		}
+		if err == nil {
 			err = r.advance(ctx, until)
 		}
 		if err != nil {
@@ -456,6 +509,9 @@ func (r *replay) tryToMeet(ctx context.Context, f func(tx pgx.Tx, live build) er
 			return err
 		}
 		old, until, err := r.livePositions(ctx, tx, "FOR UPDATE OF t")
+		if err == nil && r.lost {
+			err = r.within(ctx, until)
+		}
 		if err != nil {
 			return err
 		}

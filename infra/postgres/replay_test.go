@@ -216,22 +216,27 @@ func TestQueriesAndLiveProjectionGoOnDuringReplays(t *testing.T) {
 	})
 }
 
-// shortSighted sees the log's end where it once was.
+// shortSighted sees the log's end once where it was before.
 type shortSighted struct {
 	journal.Reader
-	ends []int64
+	once *sync.Map // the end before, by partition
 }
 
-func (r shortSighted) End(_ context.Context, p int32) (int64, error) { return r.ends[p], nil }
+func (r shortSighted) End(ctx context.Context, p int32) (int64, error) {
+	if end, ok := r.once.LoadAndDelete(p); ok {
+		return end.(int64), nil
+	}
+	return r.Reader.End(ctx, p)
+}
 
 // However far live projection has got when the builds are swapped, queries do not go back behind it.
 func TestASwapNeverGoesBackBehindLiveProjection(t *testing.T) {
 	s := newShop()
 	s.stock(100)
 	s.order(0, 3)
-	ends := map[string][]int64{}
+	before := map[string][]int64{}
 	for topic, sequence := range s.Seqs {
-		ends[topic] = slices.Clone(sequence)
+		before[topic] = slices.Clone(sequence)
 	}
 	for i := range 30 {
 		s.order(1+i, 3)
@@ -242,8 +247,21 @@ func TestASwapNeverGoesBackBehindLiveProjection(t *testing.T) {
 	s.caughtUp(t, pool)
 	stop() // or it would make up for what is missing
 	want := dump(t, pool, e.Models)
-	e.Source = func(topic string) journal.Reader { return shortSighted{s.reader(topic), ends[topic]} }
-	if err := e.Replay(context.Background(), allNames(e), ReplayOptions{}, func(Progress) {}); err != nil {
+	once := map[string]*sync.Map{}
+	for topic := range before {
+		once[topic] = &sync.Map{}
+	}
+	e.Source = func(topic string) journal.Reader { return shortSighted{s.reader(topic), once[topic]} }
+	err := e.Replay(context.Background(), allNames(e), ReplayOptions{}, func(progress Progress) {
+		for topic, ends := range before {
+			for p, end := range ends {
+				if progress.Phase == PhaseSwapping { // it reads on to the end
+					once[topic].Store(int32(p), end)
+				}
+			}
+		}
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(want, dump(t, pool, e.Models)); diff != "" {
@@ -770,5 +788,76 @@ func TestTheLiveBuildDoesNotWaitForAnOldOneToBeDropped(t *testing.T) {
 	}
 	if one[string](t, pool, dropping) != since {
 		t.Error("the live build went on only after the dropping was given up")
+	}
+}
+
+// A live build that has read more than there is (the topic lost records, or was made anew) is told of, not waited for; and
+// --force builds of what there is.
+func TestALogThatHasLostItsEnd(t *testing.T) {
+	s := newShop()
+	s.stock(40)
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	stop := start(t, e)
+	s.caughtUp(t, pool)
+	stop()
+	want := rowsOf(t, projections.Stock, pool)
+	_, err := pool.Exec(t.Context(), `UPDATE wharf.tasks SET offsets = ARRAY[offsets[1] + 3], seqs = ARRAY[seqs[1] + 3]
+		WHERE build = (SELECT id FROM wharf.builds WHERE model = 'stock' AND state = 'live')`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Verify(t.Context(), []string{"stock"}, func(Progress) {}, func(Comparison) {}); err == nil || !strings.Contains(err.Error(), "the log ends at") {
+		t.Errorf("a verification says %v", err)
+	}
+	if err := e.Replay(t.Context(), []string{"stock"}, ReplayOptions{}, func(Progress) {}); err == nil || !strings.Contains(err.Error(), "the log ends at") {
+		t.Errorf("a replay says %v", err)
+	}
+	if err := e.Replay(t.Context(), []string{"stock"}, ReplayOptions{Force: true, Lost: true}, func(Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, rowsOf(t, projections.Stock, pool)); diff != "" {
+		t.Error("the rows (-want +got):", diff)
+	}
+	start(t, e)
+	at := s.tell("MUG", inventory.Received{Quantity: 1})
+	if err := NewPositions(pool).Wait(t.Context(), "stock", at, 20*time.Second); err != nil {
+		t.Error(err)
+	}
+}
+
+// A live build whose table is gone has no rows: a replay replaces it, and so does a start.
+func TestATableThatIsGoneIsBuiltAnew(t *testing.T) {
+	s := newShop()
+	s.stock(40)
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	stop := start(t, e)
+	s.caughtUp(t, pool)
+	stop()
+	want := rowsOf(t, projections.Stock, pool)
+	drop := func() {
+		id := one[int64](t, pool, "SELECT id FROM wharf.builds WHERE model = 'stock' AND state = 'live'")
+		if _, err := pool.Exec(t.Context(), "DROP TABLE "+Table("stock", id)+" CASCADE"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	drop()
+	var difference *DifferenceError
+	if err := e.Replay(t.Context(), []string{"stock"}, ReplayOptions{}, func(Progress) {}); !errors.As(err, &difference) || difference.Comparison.OnlyFold != int64(len(want)) {
+		t.Errorf("a replay says %v", err)
+	}
+	if err := e.Replay(t.Context(), []string{"stock"}, ReplayOptions{Force: true}, func(Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, rowsOf(t, projections.Stock, pool)); diff != "" {
+		t.Error("after a replay (-want +got):", diff)
+	}
+	drop()
+	e = newEngine(t, pool, s)
+	start(t, e)
+	s.caughtUp(t, pool)
+	if diff := cmp.Diff(want, rowsOf(t, projections.Stock, pool)); diff != "" {
+		t.Error("after a start (-want +got):", diff)
 	}
 }

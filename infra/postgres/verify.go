@@ -360,6 +360,14 @@ func compare(ctx context.Context, tx pgx.Tx, m projections.Model, old, fresh bui
 	if err := tx.QueryRow(ctx, hash).Scan(&c.Rows, &c.Hash); err != nil {
 		return c, err
 	}
+	var there bool
+	if err := tx.QueryRow(ctx, "SELECT to_regclass($1) IS NOT NULL", old.table()).Scan(&there); err != nil {
+		return c, err
+	}
+	if !there { // somebody has dropped it
+		c.OnlyFold = c.Rows
+		return c, nil
+	}
 	// Columns that only one of them has (of another version) are not compared.
 	shared, err := sharedColumns(ctx, tx, m, old, fresh)
 	if err != nil {
