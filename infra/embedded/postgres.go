@@ -446,7 +446,9 @@ func quitSessions(data string) {
 	processes, _ := os.ReadDir("/proc")
 	for _, p := range processes {
 		if pid, err := strconv.Atoi(p.Name()); err == nil {
-			if cwd, err := os.Readlink("/proc/" + p.Name() + "/cwd"); err == nil && cwd == data {
+			cwd, _ := os.Readlink("/proc/" + p.Name() + "/cwd")
+			name, _ := os.ReadFile("/proc/" + p.Name() + "/comm")
+			if cwd == data && string(name) == "postgres\n" {
 				_ = syscall.Kill(pid, syscall.SIGQUIT)
 			}
 		}

@@ -191,18 +191,15 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 		i := slices.IndexFunc(have, func(b build) bool { return b.model == m.Name })
 		if i >= 0 {
 			gone, err := e.retireIfGone(ctx, conn, have[i])
+			if err == nil && !gone {
+				err = e.repoint(ctx, conn, m, have[i])
+			}
 			if err != nil {
-				return err
-			}
-			if gone {
-				i = -1
-			}
-		}
-		if i >= 0 {
-			if err := e.repoint(ctx, conn, m, have[i]); err != nil {
 				return fmt.Errorf("make the view of %s anew: %w", m.Name, err)
 			}
-			continue
+			if !gone {
+				continue
+			}
 		}
 		err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
 			b, err := e.create(ctx, tx, m, forReplay)
@@ -223,7 +220,7 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 
 // retireIfGone retires a live build whose table somebody has dropped, so that another one is made.
 func (e *Engine) retireIfGone(ctx context.Context, conn *pgxpool.Conn, b build) (gone bool, err error) {
-	tag, err := conn.Exec(ctx, "UPDATE wharf.builds SET state = 'retired', keep_until = now() WHERE id = $1 AND to_regclass($2) IS NULL",
+	tag, err := conn.Exec(ctx, "UPDATE wharf.builds SET state = 'retired', keep_until = now() WHERE id = $1 AND state = 'live' AND to_regclass($2) IS NULL",
 		b.id, b.table())
 	if err != nil || tag.RowsAffected() == 0 {
 		return false, err
