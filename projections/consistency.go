@@ -17,7 +17,7 @@ import (
 // Positions knows how far the live read models are.
 type Positions interface {
 	// Wait returns nil once the live build of the read model has seen the event at the position, or a *BehindError when it
-	// has waited for so long, or ctx has ended. It looks at least once.
+	// has waited for so long, or ctx has ended, or the error of what it asks. It looks at least once, if it is answered.
 	Wait(ctx context.Context, model string, p domain.Position, most time.Duration) error
 }
 

@@ -190,18 +190,26 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 	for _, m := range e.Models {
 		i := slices.IndexFunc(have, func(b build) bool { return b.model == m.Name })
 		if i >= 0 {
-			gone, err := e.retireIfGone(ctx, conn, have[i])
-			if err == nil && !gone {
+			var there bool
+			err := conn.QueryRow(ctx, "SELECT to_regclass($1) IS NOT NULL", have[i].table()).Scan(&there)
+			if err == nil && there {
 				err = e.repoint(ctx, conn, m, have[i])
 			}
 			if err != nil {
 				return fmt.Errorf("make the view of %s anew: %w", m.Name, err)
 			}
-			if !gone {
+			if there {
 				continue
 			}
 		}
 		err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
+			if i >= 0 { // somebody has dropped its table
+				e.Logger.Warn("the table of a read model is gone, and is built anew from the log", "model", m.Name, "build", have[i].id)
+				tag, err := tx.Exec(ctx, "UPDATE wharf.builds SET state = 'retired', keep_until = now() WHERE id = $1 AND state = 'live'", have[i].id)
+				if err != nil || tag.RowsAffected() == 0 { // a replay was quicker
+					return err
+				}
+			}
 			b, err := e.create(ctx, tx, m, forReplay)
 			if err == nil {
 				err = finish(ctx, tx, m, b)
@@ -216,17 +224,6 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 		}
 	}
 	return nil
-}
-
-// retireIfGone retires a live build whose table somebody has dropped, so that another one is made.
-func (e *Engine) retireIfGone(ctx context.Context, conn *pgxpool.Conn, b build) (gone bool, err error) {
-	tag, err := conn.Exec(ctx, "UPDATE wharf.builds SET state = 'retired', keep_until = now() WHERE id = $1 AND state = 'live' AND to_regclass($2) IS NULL",
-		b.id, b.table())
-	if err != nil || tag.RowsAffected() == 0 {
-		return false, err
-	}
-	e.Logger.Warn("the table of a read model is gone, and is built anew from the log", "model", b.model, "build", b.id)
-	return true, nil
 }
 
 // unlock gives a session's advisory lock back, even when ctx has ended; a connection that cannot is closed, which does.
@@ -371,17 +368,16 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 		}
 		whileKept, cancel := context.WithCancel(ctx)
 		stop := context.AfterFunc(b.ctx, cancel)
-		began := time.Now()
-		epoch, err := e.follow(whileKept, m, b.build, partition)
+		t, err := e.follow(whileKept, m, b.build, partition)
 		var halt *haltError
 		switch {
 		case whileKept.Err() != nil: // swapped, or the end
 			retry = backoff{}
 		case errors.As(err, &halt):
 			log.Error("a projection halts: it does not go on without help", "build", b.id, "err", err)
-			e.awaitRepair(whileKept, b.build, partition, epoch, err, log)
+			e.awaitRepair(whileKept, b.build, partition, t.epoch, err, log)
 		default:
-			if time.Since(began) > 2*mostPause {
+			if t.took > 0 { // it has stored something
 				retry = backoff{}
 			}
 			if (retry.tries == 3 || retry.tries%30 == 29) && !isCode(err, codeMoved) && e.mayWarn(m.Name) {
@@ -414,21 +410,20 @@ func (e *Engine) mayWarn(model string) bool {
 	return may
 }
 
-// follow runs one task on the build from its stored position on. It returns the epoch in which it ended.
-func (e *Engine) follow(ctx context.Context, m projections.Model, b build, partition int32) (epoch int64, err error) {
+// follow runs one task on the build from its stored position on. It returns the task as it ended, whatever the error.
+func (e *Engine) follow(ctx context.Context, m projections.Model, b build, partition int32) (*task, error) {
 	t, err := e.load(ctx, e.pool, m, b, partition)
 	if err != nil {
-		return t.epoch, err
+		return t, err
 	}
 	// If it was halted, it tries once more, and says so again if that does not help.
 	if _, err := e.pool.Exec(ctx, "UPDATE wharf.tasks SET error = '' WHERE build = $1 AND partition = $2 AND error <> ''",
 		b.id, partition); err != nil {
-		return t.epoch, err
+		return t, err
 	}
 	t.turns = e.turns[m.Name]
 	defer t.showParked()()
-	err = t.run(ctx, nil)
-	return t.epoch, err
+	return t, t.run(ctx, nil)
 }
 
 // awaitRepair shows everybody why the task is halted, and returns when somebody has repaired it since the epoch, or ctx ends.

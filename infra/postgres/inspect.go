@@ -349,8 +349,15 @@ func (e *Engine) inspect(ctx context.Context, m projections.Model, part Part, pr
 		return err
 	}
 	var rows, parked int64
-	err = r.conn.QueryRow(ctx, "SELECT (SELECT count(*) FROM "+r.build.table()+"), (SELECT count(*) FROM wharf.parked WHERE build = $1)",
-		r.build.id).Scan(&rows, &parked)
+	var keys []string // of the events that the part should have; nil for all
+	if part.Key != "" && m.Stream != "" {
+		keys = append(keys, short(part.Key))
+		if key, err := m.ParseKey(part.Key); err == nil {
+			keys = append(keys, short(streamOf(m, key)))
+		}
+	}
+	err = r.conn.QueryRow(ctx, "SELECT (SELECT count(*) FROM "+r.build.table()+`),
+		(SELECT count(*) FROM wharf.parked WHERE build = $1 AND ($2::text[] IS NULL OR keys && $2))`, r.build.id, keys).Scan(&rows, &parked)
 	if err != nil {
 		return err
 	}

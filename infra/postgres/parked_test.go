@@ -595,7 +595,9 @@ func TestAPartSaysWhatIsMissing(t *testing.T) {
 	broken := new(atomic.Bool)
 	broken.Store(true)
 	s := newShop()
+	s.raw(projections.InventoryTopic, "JUG", "stock.received.v1", `{"quantity": "no number"}`)
 	s.tell("MUG", inventory.Received{Quantity: 5}, inventory.Adjusted{Delta: 13}, inventory.Received{Quantity: 1})
+	s.tell("CUP", inventory.Received{Quantity: 5})
 	pool := openTest(t)
 	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{shelf(1, broken)} })
 	start(t, e)
@@ -606,5 +608,11 @@ func TestAPartSaysWhatIsMissing(t *testing.T) {
 	}
 	if last.Rows != 1 || last.Parked != 2 {
 		t.Errorf("%d rows, and %d events are missing", last.Rows, last.Parked)
+	}
+	if err := e.Inspect(t.Context(), "shelf", Part{Key: "CUP"}, func(p Progress) { last = p }); err != nil || last.Parked != 0 {
+		t.Errorf("%v; %d events of others are missing", err, last.Parked)
+	}
+	if err := e.Inspect(t.Context(), "shelf", Part{Key: "POT"}, func(Progress) {}); !errors.Is(err, ErrNoRow) {
+		t.Error(err)
 	}
 }

@@ -33,8 +33,8 @@ const fresh = 100 * time.Millisecond
 // longestPause is between two questions while somebody waits and answers come.
 const longestPause = 5 * time.Millisecond
 
-// leastLook is how long an answer of the database is waited for at least.
-const leastLook = time.Second
+// leastLook is how long an answer of the database is waited for at least: who comes while it is asked waits for two.
+const leastLook = 2 * time.Second
 
 // NewPositions reads from the pool, which may be one for queries.
 func NewPositions(pool querier) *Positions {
@@ -98,6 +98,9 @@ func (p *Positions) Wait(ctx context.Context, model string, at domain.Position, 
 		return nil
 	default:
 		if !w.once {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
 			return fmt.Errorf("read the positions: the database does not answer: %w", context.DeadlineExceeded)
 		}
 		if w.err != nil {

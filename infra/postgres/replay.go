@@ -216,6 +216,15 @@ func (e *Engine) rollback(ctx context.Context, m projections.Model, progress fun
 			all[i].version, m.Version)
 	}
 	r.build = all[i]
+	// Or it may retire while it is brought up.
+	kept, err := r.conn.Exec(ctx, "UPDATE wharf.builds SET keep_until = greatest(keep_until, now() + make_interval(secs => $2)) WHERE id = $1 AND state = 'previous'",
+		r.build.id, e.Keep.Seconds())
+	if err != nil {
+		return err
+	}
+	if kept.RowsAffected() == 0 {
+		return ErrNoPrevious
+	}
 	if err := r.load(ctx); err != nil {
 		return err
 	}
@@ -243,7 +252,7 @@ func (e *Engine) open(ctx context.Context, m projections.Model, progress func(Pr
 		pool.Close()
 		return nil, nil, err
 	}
-	r := &replay{e: e, model: m, pool: pool, conn: conn, report: Progress{Model: m.Name, Partitions: e.Partitions}, progress: progress}
+	r := &replay{e: e, model: m, pool: pool, conn: conn, unreachable: map[topicPartition]int64{}, report: Progress{Model: m.Name, Partitions: e.Partitions}, progress: progress}
 	return r, func() {
 		// Who begins next must not find its locks; a connection that is closed gives them back, too, but a moment later.
 		unlocking, cancel := context.WithTimeout(context.WithoutCancel(ctx), connectTimeout)
@@ -321,15 +330,16 @@ func (r *replay) lockModel(ctx context.Context) error {
 
 // replay is one build of a read model in the making, or on its way to be the live one.
 type replay struct {
-	e     *Engine
-	model projections.Model
-	build build
-	pool  *pgxpool.Pool
-	conn  *pgxpool.Conn
-	tasks []*task
-	pace  pacer
-	lost  bool // the live build may be beyond the end of the log, which is right
-	quiet bool // about what is parked: for a build that is only looked at
+	e           *Engine
+	model       projections.Model
+	build       build
+	pool        *pgxpool.Pool
+	conn        *pgxpool.Conn
+	tasks       []*task
+	pace        pacer
+	lost        bool                     // the live build may be beyond the end of the log, which is right
+	unreachable map[topicPartition]int64 // where the live build is, and the log is not
+	quiet       bool                     // about what is parked: for a build that is only looked at
 
 	mu       sync.Mutex
 	report   Progress
@@ -378,40 +388,70 @@ func (r *replay) fill(ctx context.Context) error {
 // be beyond the end of a topic that has lost records, or was made anew. Who has just become the leader of a partition may
 // not know its end yet, so it is asked a few times.
 func (r *replay) within(ctx context.Context, until [][]int64) error {
+	r.leaveOut(until)
 	for retry := (backoff{}); ; {
-		beyond, err := r.beyond(ctx, until)
-		if err != nil || beyond == nil || retry.tries == endTries || !retry.sleep(ctx) {
-			return errors.Join(err, beyond)
+		ends, beyond, err := r.beyond(ctx, until)
+		if err != nil || len(beyond) == 0 {
+			return err
 		}
+		if retry.tries < endTries {
+			if !retry.sleep(ctx) {
+				return ctx.Err()
+			}
+			continue
+		}
+		for _, at := range beyond {
+			live, end := &until[at.partition][at.topic], ends[at.partition][at.topic]
+			if !r.lost {
+				return fmt.Errorf("the live build has read %s partition %d up to offset %d, and the log ends at %d: it lost records, or the "+
+					"topic was made anew. Restore it, or build of what is there (wharf replay --force)", r.model.Topics[at.topic], at.partition, *live, end)
+			}
+			r.unreachable[at] = *live
+			*live = end
+		}
+		return nil
 	}
 }
 
 // endTries are within some three seconds.
 const endTries = 6
 
-// beyond says of the first place that is beyond its topic's end, if there is one. If the log is right, the places are put
-// back to where it ends.
-func (r *replay) beyond(ctx context.Context, until [][]int64) (beyond, err error) {
-	ends := make([][]int64, len(until))
+// topicPartition is a partition of one of the model's topics.
+type topicPartition struct{ topic, partition int }
+
+// leaveOut leaves out the places that are known to be beyond the end of the log.
+func (r *replay) leaveOut(until [][]int64) {
+	for at, offset := range r.unreachable {
+		if until[at.partition][at.topic] == offset {
+			until[at.partition][at.topic] = -1
+		}
+	}
+}
+
+// beyond says which places are beyond their topic's end, and where that is. Nobody is asked about a place that the build has
+// come to.
+func (r *replay) beyond(ctx context.Context, until [][]int64) (ends [][]int64, beyond []topicPartition, err error) {
+	const ask = -1
+	ends = make([][]int64, len(until))
 	for p := range until {
 		ends[p] = slices.Clone(until[p])
-	}
-	if err := r.ends(ctx, ends, func(int64) bool { return true }); err != nil {
-		return nil, err
-	}
-	for p := range until {
-		for i, end := range ends[p] {
-			switch {
-			case until[p][i] <= max(end, r.tasks[p].at.offsets[i]):
-			case r.lost:
-				until[p][i] = end
-			default:
-				return fmt.Errorf("the live build has read %s partition %d up to offset %d, and the log ends at %d: it lost records, "+
-					"or the topic was made anew. Restore it, or build of what is there (wharf replay --force)", r.model.Topics[i], p, until[p][i], end), nil
+		for i := range ends[p] {
+			if until[p][i] > r.tasks[p].at.offsets[i] {
+				ends[p][i] = ask
 			}
 		}
 	}
-	return nil, nil
+	if err := r.ends(ctx, ends, func(offset int64) bool { return offset == ask }); err != nil {
+		return nil, nil, err
+	}
+	for p := range until {
+		for i, end := range ends[p] {
+			if until[p][i] > max(end, r.tasks[p].at.offsets[i]) {
+				beyond = append(beyond, topicPartition{i, p})
+			}
+		}
+	}
+	return ends, beyond, nil
 }
 
 // readOn brings the build to where the topics end now, which finds out whether they can be read that far.
@@ -509,12 +549,10 @@ func (r *replay) tryToMeet(ctx context.Context, f func(tx pgx.Tx, live build) er
 			return err
 		}
 		old, until, err := r.livePositions(ctx, tx, "FOR UPDATE OF t")
-		if err == nil && r.lost {
-			err = r.within(ctx, until)
-		}
 		if err != nil {
 			return err
 		}
+		r.leaveOut(until)
 		catching, cancel := context.WithTimeoutCause(ctx, swapCatchUp, errTooSlow)
 		defer cancel()
 		if err := r.advance(catching, until); err != nil {

@@ -867,3 +867,103 @@ func TestATableThatIsGoneIsBuiltAnew(t *testing.T) {
 		t.Error("after a start (-want +got):", diff)
 	}
 }
+
+// asked has its own answer to where a partition ends, if it has one.
+type asked struct {
+	journal.Reader
+	end func(ctx context.Context, p int32) (end int64, has bool, err error)
+}
+
+func (a asked) End(ctx context.Context, p int32) (int64, error) {
+	if end, has, err := a.end(ctx, p); has || err != nil {
+		return end, err
+	}
+	return a.Reader.End(ctx, p)
+}
+
+// A previous build that is up to date comes back although Kafka is away.
+func TestARollbackNeedsNoKafka(t *testing.T) {
+	s := newShop()
+	s.stock(40)
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	stop := start(t, e)
+	s.caughtUp(t, pool)
+	if err := e.Replay(t.Context(), []string{"stock"}, ReplayOptions{}, func(Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	s.caughtUp(t, pool)
+	stop()
+	e.Source = func(topic string) journal.Reader {
+		return asked{s.reader(topic), func(ctx context.Context, _ int32) (int64, bool, error) {
+			return 0, false, errors.New("nobody answers")
+		}}
+	}
+	if err := e.Rollback(t.Context(), "stock", func(Progress) {}); err != nil {
+		t.Error(err)
+	}
+}
+
+// A leader that does not know its end yet is no log that has lost it, --force or not.
+func TestAForcedSwapDoesNotGoBackEither(t *testing.T) {
+	s := newShop()
+	s.stock(40)
+	pool := openTest(t)
+	projector := newEngine(t, pool, s)
+	project := func() {
+		stop := start(t, projector)
+		s.caughtUp(t, pool)
+		stop()
+	}
+	project()
+	var stale atomic.Int64 // answers to come
+	e := New(pool, projector.Config)
+	e.Source = func(topic string) journal.Reader {
+		return asked{s.reader(topic), func(context.Context, int32) (int64, bool, error) { return 0, stale.Add(-1) >= 0, nil }}
+	}
+	var once sync.Once
+	err := e.Replay(t.Context(), []string{"stock"}, ReplayOptions{Force: true, Lost: true}, func(p Progress) {
+		if p.Phase == PhaseSwapping {
+			once.Do(func() {
+				for range 40 {
+					s.tell("MUG", inventory.Received{Quantity: 1})
+				}
+				project()
+				stale.Store(partitions + 3) // of reading on, and of three questions after that
+			})
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := s.lag(t, pool, live); n != 0 {
+		t.Errorf("queries went back by %d events", n)
+	}
+}
+
+// A previous build whose time runs out while it is brought up comes back all the same.
+func TestARollbackKeepsItsBuild(t *testing.T) {
+	s := newShop()
+	s.stock(40)
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	stop := start(t, e)
+	s.caughtUp(t, pool)
+	stop()
+	if err := e.Replay(t.Context(), []string{"stock"}, ReplayOptions{}, func(Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pool.Exec(t.Context(), "UPDATE wharf.builds SET keep_until = now() WHERE state = 'previous'"); err != nil {
+		t.Fatal(err)
+	}
+	err := e.Rollback(t.Context(), "stock", func(p Progress) {
+		if p.Phase == PhaseSwapping {
+			if err := e.sweep(t.Context()); err != nil { // as a projector does
+				t.Error(err)
+			}
+		}
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
