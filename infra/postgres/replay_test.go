@@ -953,10 +953,25 @@ func TestARollbackKeepsItsBuild(t *testing.T) {
 	if err := e.Replay(t.Context(), []string{"stock"}, ReplayOptions{}, func(Progress) {}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := pool.Exec(t.Context(), "UPDATE wharf.builds SET keep_until = now() WHERE state = 'previous'"); err != nil {
+	at := s.tell("MUG", inventory.Received{Quantity: 1}) // which the live build gets, and the previous one does not
+	all, err := builds(t.Context(), pool, live)
+	if err != nil {
 		t.Fatal(err)
 	}
-	err := e.Rollback(t.Context(), "stock", func(p Progress) {
+	current := all[slices.IndexFunc(all, func(b build) bool { return b.model == "stock" })]
+	task, err := e.load(t.Context(), pool, projections.Stock, current, at.Partition)
+	if err == nil {
+		err = task.run(t.Context(), []int64{at.Seq})
+	}
+	if err == nil {
+		_, err = pool.Exec(t.Context(), "UPDATE wharf.builds SET keep_until = now() WHERE state = 'previous'")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	err = e.Rollback(ctx, "stock", func(p Progress) {
 		if p.Phase == PhaseSwapping {
 			if err := e.sweep(t.Context()); err != nil { // as a projector does
 				t.Error(err)
