@@ -165,7 +165,7 @@ func startPostgres(ctx context.Context, dir string, log *slog.Logger, o options)
 			again = try < portTries
 		case strings.Contains(err.Error(), "still in use"):
 			log.Debug("sessions of a killed Postgres are still there")
-			quitSessions(c.data())
+			quitSessions(ctx, c.data())
 			again = time.Since(began) < startTimeout
 		}
 		if !again || pause(ctx, retryPause) != nil {
@@ -442,13 +442,12 @@ func stopLeftover(ctx context.Context, data string, log *slog.Logger) error {
 
 // quitSessions ends what a killed server has left at work on the cluster: a session at a long query does not notice its
 // server's death. Where there is no /proc it is waited for.
-func quitSessions(data string) {
+func quitSessions(ctx context.Context, data string) {
 	processes, _ := os.ReadDir("/proc")
 	for _, p := range processes {
 		if pid, err := strconv.Atoi(p.Name()); err == nil {
-			cwd, _ := os.Readlink("/proc/" + p.Name() + "/cwd")
 			name, _ := os.ReadFile("/proc/" + p.Name() + "/comm")
-			if cwd == data && string(name) == "postgres\n" {
+			if string(name) == "postgres\n" && servesCluster(ctx, pid, data) {
 				_ = syscall.Kill(pid, syscall.SIGQUIT)
 			}
 		}

@@ -115,6 +115,15 @@ func builds(ctx context.Context, db querier, states ...string) ([]build, error) 
 	})
 }
 
+// of is the build of the model among these, if there is one.
+func of(all []build, model string) (b build, found bool) {
+	i := slices.IndexFunc(all, func(b build) bool { return b.model == model })
+	if i < 0 {
+		return b, false
+	}
+	return all[i], true
+}
+
 // create makes an empty build with its table. Its primary key is there only if rows are looked up by it while the build
 // is filled; finish makes what is missing.
 func (e *Engine) create(ctx context.Context, tx pgx.Tx, m projections.Model, purpose string) (build, error) {

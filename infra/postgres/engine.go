@@ -188,12 +188,12 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 		}
 	}
 	for _, m := range e.Models {
-		i := slices.IndexFunc(have, func(b build) bool { return b.model == m.Name })
-		if i >= 0 {
+		old, found := of(have, m.Name)
+		if found {
 			var there bool
-			err := conn.QueryRow(ctx, "SELECT to_regclass($1) IS NOT NULL", have[i].table()).Scan(&there)
+			err := conn.QueryRow(ctx, "SELECT to_regclass($1) IS NOT NULL", old.table()).Scan(&there)
 			if err == nil && there {
-				err = e.repoint(ctx, conn, m, have[i])
+				err = e.repoint(ctx, conn, m, old)
 			}
 			if err != nil {
 				return fmt.Errorf("make the view of %s anew: %w", m.Name, err)
@@ -203,9 +203,9 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 			}
 		}
 		err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
-			if i >= 0 { // somebody has dropped its table
-				e.Logger.Warn("the table of a read model is gone, and is built anew from the log", "model", m.Name, "build", have[i].id)
-				tag, err := tx.Exec(ctx, "UPDATE wharf.builds SET state = 'retired', keep_until = now() WHERE id = $1 AND state = 'live'", have[i].id)
+			if found { // somebody has dropped its table
+				e.Logger.Warn("the table of a read model is gone, and is built anew from the log", "model", m.Name, "build", old.id)
+				tag, err := tx.Exec(ctx, "UPDATE wharf.builds SET state = 'retired', keep_until = now() WHERE id = $1 AND state = 'live'", old.id)
 				if err != nil || tag.RowsAffected() == 0 { // a replay was quicker
 					return err
 				}

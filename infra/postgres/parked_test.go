@@ -52,6 +52,21 @@ func shelf(version int, broken *atomic.Bool) projections.Model {
 	})
 }
 
+// brokenShelf is a shop that is projected by a shelf that is broken: the event at the position is parked.
+func brokenShelf(t *testing.T) (e *Engine, broken *atomic.Bool, at domain.Position) {
+	t.Helper()
+	broken = new(atomic.Bool)
+	broken.Store(true)
+	s := newShop()
+	s.tell("MUG", inventory.Received{Quantity: 5})
+	at = s.tell("MUG", inventory.Adjusted{Delta: 13, Reason: "x"})
+	pool := openTest(t)
+	e = newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{shelf(1, broken)} })
+	start(t, e)
+	s.caughtUp(t, pool)
+	return e, broken, at
+}
+
 func shelves(t *testing.T, e *Engine) string {
 	return one[string](t, e.pool, `SELECT coalesce(string_agg(sku || ' ' || units || ' ' || last || CASE WHEN stale THEN ' stale' ELSE '' END,
 		', ' ORDER BY sku), '') FROM wharf_read.shelf`)
@@ -195,11 +210,7 @@ func oneEventIsRefused(t *testing.T, copied int) {
 	s.tell("SKU3", inventory.Received{Quantity: 1})
 	s.tell("SKU4", inventory.Adjusted{Delta: 1, Reason: "found"})
 	s.tell("SKU5", inventory.Adjusted{Delta: 1, Reason: "more than twenty characters"})
-	pool := openTest(t)
-	e := newEngine(t, pool, s, func(c *Config) { c.Models, c.Copy = []projections.Model{m}, copied })
-	stop := start(t, e)
-	s.caughtUp(t, pool)
-	stop()
+	pool, e := s.projected(t, func(c *Config) { c.Models, c.Copy = []projections.Model{m}, copied })
 	check := func(when string) {
 		t.Helper()
 		if n := one[int64](t, pool, "SELECT sum(units)::bigint FROM wharf_read.shelf"); n != 101 {
@@ -242,11 +253,7 @@ func TestAKeyThatNoIndexTakesIsParked(t *testing.T) {
 	for i := range 50 {
 		s.tell(fmt.Sprint("SKU", i), inventory.Received{Quantity: 1})
 	}
-	pool := openTest(t)
-	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{projections.Stock} })
-	stop := start(t, e)
-	s.caughtUp(t, pool)
-	stop()
+	pool, e := s.projected(t, func(c *Config) { c.Models = []projections.Model{projections.Stock} })
 	check := func(when string) {
 		t.Helper()
 		if n := one[int64](t, pool, "SELECT sum(received)::bigint FROM wharf_read.stock"); n != 50 {
@@ -494,15 +501,7 @@ func TestParkingDoesNotDependOnHowTopicsAreRead(t *testing.T) {
 // What is given up stays so: a build in the making would not know of it, so nothing is given up beside one; and a retry
 // applies nothing that was given up by a program of another version.
 func TestWhatWasGivenUpStaysSo(t *testing.T) {
-	var broken atomic.Bool
-	broken.Store(true)
-	s := newShop()
-	s.tell("MUG", inventory.Received{Quantity: 5})
-	at := s.tell("MUG", inventory.Adjusted{Delta: 13, Reason: "x"})
-	pool := openTest(t)
-	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{shelf(1, &broken)} })
-	start(t, e)
-	s.caughtUp(t, pool)
+	e, broken, at := brokenShelf(t)
 	err := e.Replay(t.Context(), []string{"shelf"}, ReplayOptions{}, func(p Progress) {
 		if p.Phase == PhaseIndexing {
 			if err := e.DiscardParked(t.Context(), "shelf", at.String()); !errors.Is(err, ErrReplaying) {
@@ -513,7 +512,7 @@ func TestWhatWasGivenUpStaysSo(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
-	if _, err := pool.Exec(t.Context(), "INSERT INTO wharf.discarded (model, partition, topic, seq) VALUES ('shelf', $1, $2, $3)",
+	if _, err := e.pool.Exec(t.Context(), "INSERT INTO wharf.discarded (model, partition, topic, seq) VALUES ('shelf', $1, $2, $3)",
 		at.Partition, at.Topic, at.Seq); err != nil {
 		t.Fatal(err)
 	}
@@ -568,15 +567,7 @@ func TestAStreamWaitsInAllTopics(t *testing.T) {
 
 // What the live build has applied cannot be given up, although the previous one still waits for it.
 func TestWhatTheLiveBuildHasIsNotGivenUp(t *testing.T) {
-	broken := new(atomic.Bool)
-	broken.Store(true)
-	s := newShop()
-	s.tell("MUG", inventory.Received{Quantity: 5})
-	at := s.tell("MUG", inventory.Adjusted{Delta: 13})
-	pool := openTest(t)
-	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{shelf(1, broken)} })
-	start(t, e)
-	s.caughtUp(t, pool)
+	e, broken, at := brokenShelf(t)
 	broken.Store(false) // mended, and built anew
 	if err := e.Replay(t.Context(), []string{"shelf"}, ReplayOptions{}, func(Progress) {}); err != nil {
 		t.Fatal(err)

@@ -207,15 +207,15 @@ func (e *Engine) rollback(ctx context.Context, m projections.Model, progress fun
 	if err != nil {
 		return err
 	}
-	i := slices.IndexFunc(all, func(b build) bool { return b.model == m.Name })
-	if i < 0 {
+	b, found := of(all, m.Name)
+	if !found {
 		return ErrNoPrevious
 	}
-	if all[i].version != m.Version {
+	if b.version != m.Version {
 		return fmt.Errorf("the previous build is of version %d, and this program has version %d: use the program that made it",
-			all[i].version, m.Version)
+			b.version, m.Version)
 	}
-	r.build = all[i]
+	r.build = b
 	// Or it may retire while it is brought up.
 	kept, err := r.conn.Exec(ctx, "UPDATE wharf.builds SET keep_until = greatest(keep_until, now() + make_interval(secs => $2)) WHERE id = $1 AND state = 'previous'",
 		r.build.id, e.Keep.Seconds())
@@ -367,10 +367,10 @@ func (r *replay) load(ctx context.Context) error {
 func (r *replay) fill(ctx context.Context) error {
 	_, until, err := r.livePositions(ctx, r.conn, "")
 	if err == nil {
-		err = r.ends(ctx, until, func(offset int64) bool { return offset < 0 })
+		err = r.within(ctx, until)
 	}
 	if err == nil {
-		err = r.within(ctx, until)
+		err = r.ends(ctx, until, func(offset int64) bool { return offset < 0 })
 	}
 	if err != nil {
 		return err
@@ -596,11 +596,11 @@ func (r *replay) livePositions(ctx context.Context, tx querier, lock string) (ol
 	if err != nil {
 		return old, nil, err
 	}
-	i := slices.IndexFunc(all, func(b build) bool { return b.model == r.model.Name })
-	if i < 0 {
+	old, found := of(all, r.model.Name)
+	if !found {
 		return old, nil, errors.New("there is no live build: run a projector first")
 	}
-	if old = all[i]; old.partitions != r.e.Partitions {
+	if old.partitions != r.e.Partitions {
 		return old, nil, fmt.Errorf("the live build was made from %d partitions, and there are %d", old.partitions, r.e.Partitions)
 	}
 	rows, err := tx.Query(ctx, `SELECT t.partition, b.topics, t.offsets

@@ -101,11 +101,7 @@ func beginReplay(t *testing.T) *replay {
 	for i := range 50 {
 		s.order(i, 1)
 	}
-	pool := openTest(t)
-	e := newEngine(t, pool, s)
-	stop := start(t, e)
-	s.caughtUp(t, pool)
-	stop()
+	_, e := s.projected(t)
 	r, end, err := e.begin(t.Context(), projections.Orders, func(Progress) {}, forLooking)
 	if err != nil {
 		t.Fatal(err)
@@ -216,17 +212,17 @@ func TestQueriesAndLiveProjectionGoOnDuringReplays(t *testing.T) {
 	})
 }
 
-// shortSighted sees the log's end once where it was before.
-type shortSighted struct {
+// asked has its own answer to where a partition ends, if it has one.
+type asked struct {
 	journal.Reader
-	once *sync.Map // the end before, by partition
+	end func(ctx context.Context, p int32) (end int64, has bool, err error)
 }
 
-func (r shortSighted) End(ctx context.Context, p int32) (int64, error) {
-	if end, ok := r.once.LoadAndDelete(p); ok {
-		return end.(int64), nil
+func (a asked) End(ctx context.Context, p int32) (int64, error) {
+	if end, has, err := a.end(ctx, p); has || err != nil {
+		return end, err
 	}
-	return r.Reader.End(ctx, p)
+	return a.Reader.End(ctx, p)
 }
 
 // However far live projection has got when the builds are swapped, queries do not go back behind it.
@@ -247,11 +243,19 @@ func TestASwapNeverGoesBackBehindLiveProjection(t *testing.T) {
 	s.caughtUp(t, pool)
 	stop() // or it would make up for what is missing
 	want := dump(t, pool, e.Models)
-	once := map[string]*sync.Map{}
+	once := map[string]*sync.Map{} // where topics ended before, by partition: seen once more
 	for topic := range before {
 		once[topic] = &sync.Map{}
 	}
-	e.Source = func(topic string) journal.Reader { return shortSighted{s.reader(topic), once[topic]} }
+	e.Source = func(topic string) journal.Reader {
+		return asked{s.reader(topic), func(_ context.Context, p int32) (int64, bool, error) {
+			end, stale := once[topic].LoadAndDelete(p)
+			if !stale {
+				return 0, false, nil
+			}
+			return end.(int64), true, nil
+		}}
+	}
 	err := e.Replay(context.Background(), allNames(e), ReplayOptions{}, func(progress Progress) {
 		for topic, ends := range before {
 			for p, end := range ends {
@@ -685,16 +689,12 @@ func TestASwapHasAllOfItsTasks(t *testing.T) {
 func TestWhoWaitsForASwapWritesNothing(t *testing.T) {
 	s := newShop()
 	s.tell("MUG", inventory.Received{Quantity: 5})
-	pool := openTest(t)
-	e := newEngine(t, pool, s)
-	stop := start(t, e)
-	s.caughtUp(t, pool)
-	stop()
+	pool, e := s.projected(t)
 	all, err := builds(t.Context(), pool, live)
 	if err != nil {
 		t.Fatal(err)
 	}
-	old := all[slices.IndexFunc(all, func(b build) bool { return b.model == "stock" })]
+	old, _ := of(all, "stock")
 	late, err := e.load(t.Context(), pool, projections.Stock, old, journal.Partition([]byte("MUG"), partitions))
 	if err != nil {
 		t.Fatal(err)
@@ -728,11 +728,7 @@ func TestWhoWaitsForASwapWritesNothing(t *testing.T) {
 func TestAViewOnAnOldBuildStopsNoReplay(t *testing.T) {
 	s := newShop()
 	s.order(1, 2)
-	pool := openTest(t)
-	e := newEngine(t, pool, s, func(c *Config) { c.Keep = time.Millisecond })
-	stop := start(t, e)
-	s.caughtUp(t, pool)
-	stop()
+	pool, e := s.projected(t, func(c *Config) { c.Keep = time.Millisecond })
 	var table string
 	err := e.Replay(t.Context(), []string{"orders"}, ReplayOptions{NoSwap: true}, func(p Progress) { table = p.Table })
 	if err != nil {
@@ -802,11 +798,7 @@ func TestTheLiveBuildDoesNotWaitForAnOldOneToBeDropped(t *testing.T) {
 func TestALogThatHasLostItsEnd(t *testing.T) {
 	s := newShop()
 	s.stock(40)
-	pool := openTest(t)
-	e := newEngine(t, pool, s)
-	stop := start(t, e)
-	s.caughtUp(t, pool)
-	stop()
+	pool, e := s.projected(t)
 	want := rowsOf(t, projections.Stock, pool)
 	_, err := pool.Exec(t.Context(), `UPDATE wharf.tasks SET offsets = ARRAY[offsets[1] + 3], seqs = ARRAY[seqs[1] + 3]
 		WHERE build = (SELECT id FROM wharf.builds WHERE model = 'stock' AND state = 'live')`)
@@ -836,11 +828,7 @@ func TestALogThatHasLostItsEnd(t *testing.T) {
 func TestATableThatIsGoneIsBuiltAnew(t *testing.T) {
 	s := newShop()
 	s.stock(40)
-	pool := openTest(t)
-	e := newEngine(t, pool, s)
-	stop := start(t, e)
-	s.caughtUp(t, pool)
-	stop()
+	pool, e := s.projected(t)
 	want := rowsOf(t, projections.Stock, pool)
 	drop := func() {
 		id := one[int64](t, pool, "SELECT id FROM wharf.builds WHERE model = 'stock' AND state = 'live'")
@@ -866,19 +854,6 @@ func TestATableThatIsGoneIsBuiltAnew(t *testing.T) {
 	if diff := cmp.Diff(want, rowsOf(t, projections.Stock, pool)); diff != "" {
 		t.Error("after a start (-want +got):", diff)
 	}
-}
-
-// asked has its own answer to where a partition ends, if it has one.
-type asked struct {
-	journal.Reader
-	end func(ctx context.Context, p int32) (end int64, has bool, err error)
-}
-
-func (a asked) End(ctx context.Context, p int32) (int64, error) {
-	if end, has, err := a.end(ctx, p); has || err != nil {
-		return end, err
-	}
-	return a.Reader.End(ctx, p)
 }
 
 // A previous build that is up to date comes back although Kafka is away.
@@ -945,11 +920,7 @@ func TestAForcedSwapDoesNotGoBackEither(t *testing.T) {
 func TestARollbackKeepsItsBuild(t *testing.T) {
 	s := newShop()
 	s.stock(40)
-	pool := openTest(t)
-	e := newEngine(t, pool, s)
-	stop := start(t, e)
-	s.caughtUp(t, pool)
-	stop()
+	pool, e := s.projected(t)
 	if err := e.Replay(t.Context(), []string{"stock"}, ReplayOptions{}, func(Progress) {}); err != nil {
 		t.Fatal(err)
 	}
@@ -958,7 +929,7 @@ func TestARollbackKeepsItsBuild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	current := all[slices.IndexFunc(all, func(b build) bool { return b.model == "stock" })]
+	current, _ := of(all, "stock")
 	task, err := e.load(t.Context(), pool, projections.Stock, current, at.Partition)
 	if err == nil {
 		err = task.run(t.Context(), []int64{at.Seq})

@@ -141,6 +141,17 @@ func newEngine(t testing.TB, pool *pgxpool.Pool, s *shop, change ...func(*Config
 	return e
 }
 
+// projected is a new database whose live builds have all that the shop has told, and where nobody is at work any more.
+func (s *shop) projected(t testing.TB, change ...func(*Config)) (*pgxpool.Pool, *Engine) {
+	t.Helper()
+	pool := openTest(t)
+	e := newEngine(t, pool, s, change...)
+	stop := start(t, e)
+	s.caughtUp(t, pool)
+	stop()
+	return pool, e
+}
+
 // start runs the engine in all partitions, until stop is called or the test ends.
 func start(t testing.TB, e *Engine) (stop func()) {
 	t.Helper()

@@ -183,7 +183,7 @@ func (e *Engine) verify(ctx context.Context, m projections.Model, pace int, prog
 	}
 	for _, b := range all {
 		if b.model == m.Name && b.version != m.Version {
-			return c, fmt.Errorf("%w: it has %d, and this program %d", errOtherVersion, b.version, m.Version)
+			return c, otherVersion(b.version, m)
 		}
 	}
 	var givenUp int64
@@ -204,7 +204,7 @@ func (e *Engine) verify(ctx context.Context, m projections.Model, pace int, prog
 	case err != nil:
 		return c, err
 	case c.Version != m.Version: // swapped in meanwhile
-		return c, fmt.Errorf("%w: it has %d, and this program %d", errOtherVersion, c.Version, m.Version)
+		return c, otherVersion(c.Version, m)
 	case c.Discarded != givenUp: // which the fold does not know of
 		return c, errors.New("an event was given up meanwhile: verify it again")
 	}
@@ -290,6 +290,10 @@ func (p *pacer) wait(events int64) time.Duration {
 }
 
 var errOtherVersion = errors.New("the live build is of another version than this program's")
+
+func otherVersion(live int, m projections.Model) error {
+	return fmt.Errorf("%w: it has %d, and this program %d", errOtherVersion, live, m.Version)
+}
 
 // compare brings the new build to where the live one is, and compares the two in a snapshot of that moment.
 func (r *replay) compare(ctx context.Context) (c Comparison, err error) {

@@ -401,11 +401,7 @@ func (r watching) Read(ctx context.Context, p int32, from int64, f func(journal.
 func TestAVerificationIsOvertakenByANewVersion(t *testing.T) {
 	s := newShop()
 	s.tell("MUG", inventory.Received{Quantity: 5})
-	pool := openTest(t)
-	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{shelf(1, new(atomic.Bool))} })
-	stop := start(t, e)
-	s.caughtUp(t, pool)
-	stop()
+	pool, e := s.projected(t, func(c *Config) { c.Models = []projections.Model{shelf(1, new(atomic.Bool))} })
 	newer := New(pool, Config{Models: []projections.Model{shelf(2, new(atomic.Bool))}, Source: s.reader, Partitions: partitions})
 	err := e.Verify(t.Context(), []string{"shelf"}, func(p Progress) {
 		if p.Phase == PhaseVerifying {
@@ -421,15 +417,7 @@ func TestAVerificationIsOvertakenByANewVersion(t *testing.T) {
 
 // An event that is given up during a verification is no difference.
 func TestADiscardDuringAVerificationIsNoDifference(t *testing.T) {
-	broken := new(atomic.Bool)
-	broken.Store(true)
-	s := newShop()
-	s.tell("MUG", inventory.Received{Quantity: 5})
-	at := s.tell("MUG", inventory.Adjusted{Delta: 13})
-	pool := openTest(t)
-	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{shelf(1, broken)} })
-	start(t, e)
-	s.caughtUp(t, pool)
+	e, _, at := brokenShelf(t)
 	err := e.Verify(t.Context(), []string{"shelf"}, func(p Progress) {
 		if p.Phase == PhaseVerifying {
 			if err := e.DiscardParked(t.Context(), "shelf", at.String()); err != nil {
