@@ -360,7 +360,12 @@ func compare(ctx context.Context, tx pgx.Tx, m projections.Model, old, fresh bui
 	if err != nil {
 		return c, err
 	}
-	hash := fmt.Sprintf(`SELECT count(*), lpad(to_hex(coalesce(bit_xor(hashtextextended(r::text, 0)), 0)), 16, '0') FROM %s r`, fresh.table())
+	values := make([]string, len(m.Columns))
+	for i, column := range m.Columns {
+		values[i] = compared("r", column)
+	}
+	hash := fmt.Sprintf(`SELECT count(*), lpad(to_hex(coalesce(bit_xor(hash_record_extended(ROW(%s), 0)), 0)), 16, '0') FROM %s r`,
+		strings.Join(values, ", "), fresh.table())
 	if err := tx.QueryRow(ctx, hash).Scan(&c.Rows, &c.Hash); err != nil {
 		return c, err
 	}
@@ -383,11 +388,7 @@ func compare(ctx context.Context, tx pgx.Tx, m projections.Model, old, fresh bui
 	}
 	var equal, which []string
 	for _, column := range shared[len(key):] {
-		cast := ""
-		if column.Type == "json" {
-			cast = "::text" // which is how it was written, and json cannot be compared
-		}
-		same := fmt.Sprintf("l.%[1]s%[2]s IS NOT DISTINCT FROM f.%[1]s%[2]s", quote(column.Name), cast)
+		same := compared("l", column) + " IS NOT DISTINCT FROM " + compared("f", column)
 		equal = append(equal, same)
 		which = append(which, fmt.Sprintf("CASE WHEN %s THEN NULL ELSE json_build_array('%s', l.%[3]s::text, f.%[3]s::text) END", same, column.Name, quote(column.Name)))
 	}
@@ -427,6 +428,15 @@ func compare(ctx context.Context, tx pgx.Tx, m projections.Model, old, fresh bui
 		count(*) FILTER (WHERE kind = 'differing') FROM (SELECT %s AS kind %s) d`, kind, joined)).
 		Scan(&c.OnlyLive, &c.OnlyFold, &c.Differing)
 	return c, err
+}
+
+// compared is a column as it can be compared and hashed.
+func compared(table string, c projections.Column) string {
+	value := table + "." + quote(c.Name)
+	if c.Type == "json" {
+		value += "::text" // which is how it was written
+	}
+	return value
 }
 
 // waiting is the condition that a row of the join waits for an event that is parked in the live build.
