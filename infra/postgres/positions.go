@@ -77,17 +77,14 @@ func (p *Positions) Wait(ctx context.Context, model string, at domain.Position, 
 		go p.ask()
 	}
 	p.mu.Unlock()
-	enough := time.NewTimer(most)
-	defer enough.Stop()
 	select {
-	case <-w.looked: // however short the wait is to be
-	case <-time.After(max(most, leastLook)):
+	case <-w.done:
+	case <-time.After(most):
 	case <-ctx.Done():
 	}
 	select {
-	case <-w.done:
-		return nil
-	case <-enough.C:
+	case <-w.looked: // once, however short the wait was to be
+	case <-time.After(leastLook - most):
 	case <-ctx.Done():
 	}
 	p.mu.Lock()
