@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"net/http"
 	"slices"
@@ -186,6 +187,7 @@ func (s *Status) measure(ctx context.Context, places [][]place, ends map[string]
 		for _, p := range ps {
 			s.Items[i].Lag += lagOf(p)
 		}
+		s.Items[i].countMissing(ps, ends)
 		if s.Items[i].State != StateLive && s.Items[i].State != StateHalted {
 			continue
 		}
@@ -210,6 +212,34 @@ func (s *Status) measure(ctx context.Context, places [][]place, ends map[string]
 				s.Items[i].LagSeconds = max(s.Items[i].LagSeconds, math.Round(now.Sub(at).Seconds()*1000)/1000)
 			}
 		}
+	}
+}
+
+// countMissing says which of the partitions the build has no place in, which only somebody who deletes it can bring about: all
+// that is in them is missing.
+func (b *BuildStatus) countMissing(ps []place, ends map[string]map[int32]int64) {
+	missing := map[int32]bool{}
+	for topic := range b.Position {
+		for partition, end := range ends[topic] {
+			if !slices.ContainsFunc(ps, func(p place) bool { return p.topic == topic && p.partition == partition }) {
+				missing[partition] = true
+				b.Lag += end
+			}
+		}
+	}
+	for _, partition := range slices.Sorted(maps.Keys(missing)) {
+		b.halt(partition, "its row of wharf.tasks is gone: build the read model anew (wharf replay)")
+	}
+}
+
+// halt says why the build does not go on in the partition.
+func (b *BuildStatus) halt(partition int32, why string) {
+	if b.Error != "" {
+		b.Error += "; "
+	}
+	b.Error += fmt.Sprintf("partition %d: %s", partition, why)
+	if b.State == StateLive {
+		b.State = StateHalted
 	}
 }
 
@@ -255,13 +285,7 @@ func (s *Status) readBuilds(ctx context.Context, db DB) (places [][]place, err e
 		item.Rate += math.Round(b.Rate*10) / 10
 		item.LastError = max(item.LastError, b.LastError) // which begins with its time
 		if b.Error != "" {
-			if item.Error != "" {
-				item.Error += "; "
-			}
-			item.Error += fmt.Sprintf("partition %d: %s", partition, b.Error)
-			if item.State == StateLive {
-				item.State = StateHalted
-			}
+			item.halt(partition, b.Error)
 		}
 		for i, topic := range topics {
 			item.Position[topic] += seqs[i]

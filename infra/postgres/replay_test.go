@@ -536,6 +536,14 @@ func TestPositionsAreShownForEveryBuild(t *testing.T) {
 	_ = r.conn.Conn().PgConn().Conn().Close() // killed
 	eventually(t, "a build whose maker has died is not shown", func() bool { return slices.Equal(show(), want) })
 	end(&err)
+	if _, err := pool.Exec(t.Context(), "DELETE FROM wharf.tasks t USING wharf.builds b WHERE b.id = build AND model = 'orders' AND partition = 1"); err != nil {
+		t.Fatal(err)
+	}
+	if got := show(); !slices.ContainsFunc(got, func(s string) bool {
+		return strings.HasPrefix(s, "orders1halted") && strings.Contains(s, "partition 1: its row")
+	}) {
+		t.Errorf("without the row of a partition: %v", got)
+	}
 }
 
 // testLags is projections.Lags on the topics in memory.
