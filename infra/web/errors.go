@@ -70,8 +70,6 @@ var table = []struct {
 	{commands.ErrQuarantined, http.StatusConflict, "quarantined"},
 	{commands.ErrUnknownOutcome, http.StatusGatewayTimeout, "outcome-unknown"},
 	{commands.ErrNotReady, http.StatusServiceUnavailable, "not-ready"},
-	{context.DeadlineExceeded, http.StatusServiceUnavailable, "not-ready"},
-	{context.Canceled, http.StatusServiceUnavailable, "not-ready"},
 }
 
 // problemOf translates one error.
@@ -95,9 +93,16 @@ func problemOf(err error) *Problem {
 		p.Detail = behind.Error()
 		return p
 	}
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+		p := newProblem(http.StatusServiceUnavailable, "not-ready")
+		p.Detail = "it took too long"
+		return p
+	}
 	if unreachable(err) {
 		slog.Warn("a request failed because a server that it needs is away", "err", err)
-		return newProblem(http.StatusServiceUnavailable, "not-ready")
+		p := newProblem(http.StatusServiceUnavailable, "not-ready")
+		p.Detail = "a server that this one needs, its database or Kafka, does not answer"
+		return p
 	}
 	slog.Error("a request failed", "err", err)
 	return newProblem(http.StatusInternalServerError, "internal")

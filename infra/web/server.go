@@ -64,7 +64,9 @@ func Handler(mux *http.ServeMux, document []byte, of Installation, ready func() 
 		case slots <- struct{}{}:
 			defer func() { <-slots }()
 		default:
-			writeProblem(w, newProblem(http.StatusServiceUnavailable, "not-ready"))
+			p := newProblem(http.StatusServiceUnavailable, "not-ready")
+			p.Detail = "too many requests at a time"
+			writeProblem(w, p)
 			return
 		}
 		defer func() {

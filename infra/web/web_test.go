@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/danielgtaylor/huma/v2"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"wharf/commands"
 	inventoryapi "wharf/commands/inventory"
@@ -236,15 +237,23 @@ func TestHeadersOfCommands(t *testing.T) {
 	}
 }
 
-// An answer that says "not now" says when to come back, whoever makes it.
+// An answer that says "not now" says why, and when to come back, whoever makes it.
 func TestNotReadySaysWhenToComeBack(t *testing.T) {
 	mux := http.NewServeMux()
-	huma.Get(web.NewAPI(mux), "/behind", func(context.Context, *struct{}) (*struct{}, error) {
-		return nil, fmt.Errorf("read: %w", &projections.BehindError{Model: "orders", Wanted: domain.Position{Topic: "orders.events", Seq: 3}, Seen: 2})
-	})
+	api := web.NewAPI(mux)
+	for path, err := range map[string]error{
+		"/behind": &projections.BehindError{Model: "orders", Wanted: domain.Position{Topic: "orders.events", Seq: 3}, Seen: 2},
+		"/away":   &pgconn.PgError{Code: "57P01", Message: "terminating connection due to administrator command"},
+		"/slow":   context.DeadlineExceeded,
+	} {
+		huma.Get(api, path, func(context.Context, *struct{}) (*struct{}, error) { return nil, fmt.Errorf("read: %w", err) })
+	}
 	s := httptest.NewServer(web.Handler(mux, nil, "test", func() error { return errors.New("not yet") }))
 	t.Cleanup(s.Close)
-	for path, want := range map[string]string{"/readyz": "not yet", "/behind": "has seen 2 events of orders.events partition 0, and not yet event 3"} {
+	for path, want := range map[string]string{
+		"/readyz": "not yet", "/behind": "has seen 2 events of orders.events partition 0, and not yet event 3",
+		"/away": "a server that this one needs", "/slow": "it took too long",
+	} {
 		res, err := http.Get(s.URL + path)
 		if err != nil {
 			t.Fatal(err)
