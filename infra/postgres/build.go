@@ -51,6 +51,15 @@ func (b build) schema() string { return fmt.Sprintf("wharf_build_%d", b.id) }
 // table is the build's table as SQL names it.
 func (b build) table() string { return b.schema() + "." + quote(b.model) }
 
+// hasTable is false when somebody has dropped the build's table.
+func (b build) hasTable(ctx context.Context, db querier) (bool, error) {
+	rows, err := db.Query(ctx, "SELECT to_regclass($1) IS NOT NULL", b.table())
+	if err != nil {
+		return false, err
+	}
+	return pgx.CollectExactlyOneRow(rows, pgx.RowTo[bool])
+}
+
 // Table is the table of a build of the read model, as SQL names it.
 func Table(model string, id int64) string { return build{id: id, model: model}.table() }
 

@@ -190,8 +190,7 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 	for _, m := range e.Models {
 		old, found := of(have, m.Name)
 		if found {
-			var there bool
-			err := conn.QueryRow(ctx, "SELECT to_regclass($1) IS NOT NULL", old.table()).Scan(&there)
+			there, err := old.hasTable(ctx, conn)
 			if err == nil && there {
 				err = e.repoint(ctx, conn, m, old)
 			}

@@ -164,7 +164,11 @@ func (e *Engine) Plan(ctx context.Context, names []string) (plans []Plan, err er
 			err = r.ends(ctx, until, func(int64) bool { return true })
 		}
 		p := Plan{Model: m.Name, Build: old.id, Version: old.version, Topics: m.Topics}
+		there := false
 		if err == nil {
+			there, err = old.hasTable(ctx, e.pool)
+		}
+		if there {
 			err = e.pool.QueryRow(ctx, "SELECT count(*), pg_total_relation_size($1::regclass) FROM "+old.table(), old.table()).
 				Scan(&p.Rows, &p.Bytes)
 		}

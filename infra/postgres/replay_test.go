@@ -845,6 +845,9 @@ func TestATableThatIsGoneIsBuiltAnew(t *testing.T) {
 		}
 	}
 	drop()
+	if plans, err := e.Plan(t.Context(), []string{"stock"}); err != nil || plans[0].Rows != 0 || plans[0].Events == 0 {
+		t.Errorf("a replay would be %+v: %v", plans, err)
+	}
 	var difference *DifferenceError
 	if err := e.Replay(t.Context(), []string{"stock"}, ReplayOptions{}, func(Progress) {}); !errors.As(err, &difference) || difference.Comparison.OnlyFold != int64(len(want)) {
 		t.Errorf("a replay says %v", err)

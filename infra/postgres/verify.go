@@ -369,11 +369,11 @@ func compare(ctx context.Context, tx pgx.Tx, m projections.Model, old, fresh bui
 	if err := tx.QueryRow(ctx, hash).Scan(&c.Rows, &c.Hash); err != nil {
 		return c, err
 	}
-	var there bool
-	if err := tx.QueryRow(ctx, "SELECT to_regclass($1) IS NOT NULL", old.table()).Scan(&there); err != nil {
+	there, err := old.hasTable(ctx, tx)
+	if err != nil {
 		return c, err
 	}
-	if !there { // somebody has dropped it
+	if !there {
 		c.OnlyFold = c.Rows
 		return c, nil
 	}
