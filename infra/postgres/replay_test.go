@@ -273,23 +273,6 @@ func TestASwapNeverGoesBackBehindLiveProjection(t *testing.T) {
 	}
 }
 
-// blocking is a source that holds up its readers until it is let go.
-type blocking struct {
-	journal.Reader
-	reached, goOn chan struct{}
-	once          *sync.Once
-}
-
-func (b blocking) Read(ctx context.Context, p int32, from int64, f func(journal.Batch) error) error {
-	b.once.Do(func() { close(b.reached) })
-	select {
-	case <-b.goOn:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	return b.Reader.Read(ctx, p, from, f)
-}
-
 func TestAReplayIsAloneAndCanBeCutOff(t *testing.T) {
 	s := newShop()
 	s.order(1, 3)
@@ -297,10 +280,16 @@ func TestAReplayIsAloneAndCanBeCutOff(t *testing.T) {
 	e := newEngine(t, pool, s)
 	start(t, e)
 	s.caughtUp(t, pool)
-	reached, goOn := make(chan struct{}), make(chan struct{})
-	once := &sync.Once{}
+	reached := make(chan struct{})
+	reach := sync.OnceFunc(func() { close(reached) })
 	slow := newEngine(t, openURL(t, pool.Config().ConnString()), s, func(c *Config) {
-		c.Source = func(topic string) journal.Reader { return blocking{s.reader(topic), reached, goOn, once} }
+		c.Source = func(topic string) journal.Reader {
+			return before{s.reader(topic), func(ctx context.Context) error {
+				reach()
+				<-ctx.Done()
+				return ctx.Err()
+			}}
+		}
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	first := make(chan error, 1)
@@ -607,19 +596,6 @@ func TestALockOnOneReadModelHoldsUpNoOther(t *testing.T) {
 	if err := NewPositions(pool).Wait(ctx, "stock", at, 20*time.Second); err != nil {
 		t.Error(err)
 	}
-}
-
-// before calls f before it reads.
-type before struct {
-	journal.Reader
-	f func(ctx context.Context) error
-}
-
-func (b before) Read(ctx context.Context, p int32, from int64, f func(journal.Batch) error) error {
-	if err := b.f(ctx); err != nil {
-		return err
-	}
-	return b.Reader.Read(ctx, p, from, f)
 }
 
 // A swap whose last catching up was too slow begins once more, with all of its tasks or not at all.

@@ -249,3 +249,18 @@ func one[T any](t testing.TB, pool *pgxpool.Pool, sql string, args ...any) (v T)
 	}
 	return v
 }
+
+// before does something before it hands out what it has read.
+type before struct {
+	journal.Reader
+	do func(ctx context.Context) error
+}
+
+func (r before) Read(ctx context.Context, p int32, from int64, f func(journal.Batch) error) error {
+	return r.Reader.Read(ctx, p, from, func(b journal.Batch) error {
+		if err := r.do(ctx); err != nil {
+			return err
+		}
+		return f(b)
+	})
+}

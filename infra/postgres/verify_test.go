@@ -150,7 +150,9 @@ func TestAVerificationHoldsWhileEverythingMoves(t *testing.T) {
 		}
 	})
 	checker := newEngine(t, openURL(t, pool.Config().ConnString()), s, func(c *Config) {
-		c.Source = func(topic string) journal.Reader { return tired{s.reader(topic)} }
+		c.Source = func(topic string) journal.Reader { // it takes its time, in which others move on
+			return before{s.reader(topic), func(ctx context.Context) error { pause(ctx, 20*time.Millisecond); return nil }}
+		}
 	})
 	for range 3 {
 		verify(t, checker, 0)
@@ -160,16 +162,6 @@ func TestAVerificationHoldsWhileEverythingMoves(t *testing.T) {
 	if told.Load() == 0 {
 		t.Error("nothing happened meanwhile")
 	}
-}
-
-// tired takes its time, in which others move on.
-type tired struct{ journal.Reader }
-
-func (r tired) Read(ctx context.Context, p int32, from int64, f func(journal.Batch) error) error {
-	return r.Reader.Read(ctx, p, from, func(b journal.Batch) error {
-		pause(ctx, 20*time.Millisecond)
-		return f(b)
-	})
 }
 
 // The previous build is kept up to date, and comes back in a moment, again and again; queries never see less than
@@ -360,10 +352,16 @@ func TestAVerificationHoldsNoTransactionWhileItReads(t *testing.T) {
 	start(t, e)
 	s.caughtUp(t, pool)
 	idle := "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction' AND query ILIKE '%repeatable read%'"
+	var mu sync.Mutex
 	var most int64
 	checker := newEngine(t, openURL(t, pool.Config().ConnString()), s, func(c *Config) {
 		c.Source = func(topic string) journal.Reader {
-			return watching{s.reader(topic), func() { most = max(most, one[int64](t, pool, idle)) }}
+			return before{s.reader(topic), func(context.Context) error {
+				mu.Lock()
+				defer mu.Unlock()
+				most = max(most, one[int64](t, pool, idle))
+				return nil
+			}}
 		}
 	})
 	meanwhile := sync.OnceFunc(func() {
@@ -378,23 +376,6 @@ func TestAVerificationHoldsNoTransactionWhileItReads(t *testing.T) {
 	if err != nil || most > 0 {
 		t.Errorf("%d transactions were idle while the log was read: %v", most, err)
 	}
-}
-
-// watching looks at something whenever it reads.
-type watching struct {
-	journal.Reader
-	look func()
-}
-
-var watchingOne sync.Mutex
-
-func (r watching) Read(ctx context.Context, p int32, from int64, f func(journal.Batch) error) error {
-	return r.Reader.Read(ctx, p, from, func(b journal.Batch) error {
-		watchingOne.Lock()
-		r.look()
-		watchingOne.Unlock()
-		return f(b)
-	})
 }
 
 // A verification that a new version overtakes says so, and has found nothing.
