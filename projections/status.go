@@ -9,6 +9,7 @@ import (
 	"math"
 	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -18,6 +19,8 @@ import (
 
 // Lags is what only Kafka knows of how far everybody is.
 type Lags interface {
+	// TopicIDs is the id of each topic, as far as they are known.
+	TopicIDs() map[string]string
 	// Ends is the end offset of every partition of the topics.
 	Ends(ctx context.Context, topics []string) (map[string]map[int32]int64, error)
 	// Oldest is the time of the first record of the partition from the offset on; false if there is none.
@@ -72,6 +75,7 @@ type BuildStatus struct {
 	Previous *PreviousBuild `json:"previous,omitempty" doc:"The build that was live before, as long as a rollback to it is possible."`
 
 	keepUntil *time.Time
+	gone      bool // its view
 }
 
 // Verified is what a comparison of a build's rows with the fold of the log has found.
@@ -109,13 +113,19 @@ type Status struct {
 // asked for after the positions.
 func ReadStatus(ctx context.Context, db DB, lags Lags) (Status, error) {
 	s := Status{Items: []BuildStatus{}, Policies: []PolicyLag{}}
-	places, err := s.readBuilds(ctx, db)
+	places, err := s.readBuilds(ctx, db, lags.TopicIDs())
 	if err != nil {
 		return s, fmt.Errorf("read the builds: %w", err)
 	}
-	row := db.QueryRow(ctx, "SELECT coalesce(sum(open_intents), 0)::bigint FROM wharf_read.payments")
-	if err := row.Scan(&s.OpenIntents); err != nil {
-		return s, fmt.Errorf("count the open intents: %w", err)
+	// Where payments cannot be read, its item says why.
+	readable := func(b BuildStatus) bool {
+		return b.Name == Payments.Name && (b.State == StateLive || b.State == StateHalted) && !b.gone
+	}
+	if slices.ContainsFunc(s.Items, readable) {
+		row := db.QueryRow(ctx, "SELECT coalesce(sum(open_intents), 0)::bigint FROM wharf_read.payments")
+		if err := row.Scan(&s.OpenIntents); err != nil {
+			return s, fmt.Errorf("count the open intents: %w", err)
+		}
 	}
 	var ends map[string]map[int32]int64
 	g, asking := errgroup.WithContext(ctx)
@@ -232,37 +242,48 @@ func (b *BuildStatus) countMissing(ps []place, ends map[string]map[int32]int64) 
 	}
 }
 
-// halt says why the build does not go on in the partition.
+// halt says why the build does not go on in the partition, once if it is the same as in the one before.
 func (b *BuildStatus) halt(partition int32, why string) {
-	if b.Error != "" {
-		b.Error += "; "
+	why = ": " + why
+	switch before, same := strings.CutSuffix(b.Error, why); {
+	case same:
+		b.Error = fmt.Sprintf("%s, %d%s", before, partition, why)
+	case b.Error != "":
+		b.Error += fmt.Sprintf("; partition %d%s", partition, why)
+	default:
+		b.Error = fmt.Sprintf("partition %d%s", partition, why)
 	}
-	b.Error += fmt.Sprintf("partition %d: %s", partition, why)
 	if b.State == StateLive {
 		b.State = StateHalted
 	}
 }
 
-// readBuilds fills in the items but for their lag, and says where each is in each partition.
-func (s *Status) readBuilds(ctx context.Context, db DB) (places [][]place, err error) {
+// IsAnother says that a topic is another one than it was, by what is known of its ids.
+func IsAnother(was, is string) bool { return was != "" && is != "" && was != is }
+
+// readBuilds fills in the items but for their lag, and says where each is in each partition: at the start of a topic that is another
+// one than the build was made of.
+func (s *Status) readBuilds(ctx context.Context, db DB, ids map[string]string) (places [][]place, err error) {
 	// The view of a projector that is older than this program lacks what goes by JSON.
 	rows, err := db.Query(ctx, `SELECT id, model, version, state, topics, partition, offsets, seqs, skipped, error, trouble,
-			rate, parked, keep_until, (to_jsonb(b)->>'verified_at')::timestamptz, (to_jsonb(b)->>'differences')::bigint
-		FROM wharf_read.builds b WHERE state = 'scratch' OR purpose = 'replay' ORDER BY model, id, partition`)
+			rate, parked, keep_until, (to_jsonb(b)->>'verified_at')::timestamptz, (to_jsonb(b)->>'differences')::bigint,
+			state = 'live' AND to_regclass($1 || '.' || quote_ident(model)) IS NULL,
+			ARRAY(SELECT jsonb_array_elements_text(to_jsonb(b)->'topic_ids'))
+		FROM wharf_read.builds b WHERE state = 'scratch' OR purpose = 'replay' ORDER BY model, id, partition`, ViewSchema)
 	if err != nil {
 		return nil, err
 	}
 	defer rows.Close()
 	for rows.Next() {
 		var b BuildStatus
-		var topics []string
+		var topics, topicIDs []string
 		var partition int32
 		var offsets, seqs []int64
 		var verified *time.Time
 		var differences *int64
 		err := rows.Scan(&b.Build, &b.Name, &b.Version, &b.State, &topics, &partition, &offsets, &seqs,
 			&b.Skipped, &b.Error, &b.LastError, &b.Rate, &b.Parked, &b.keepUntil,
-			&verified, &differences)
+			&verified, &differences, &b.gone, &topicIDs)
 		if err != nil {
 			return nil, err
 		}
@@ -273,7 +294,11 @@ func (s *Status) readBuilds(ctx context.Context, db DB) (places [][]place, err e
 		if last < 0 || s.Items[last].Build != b.Build {
 			last++
 			s.Items = append(s.Items, BuildStatus{Name: b.Name, Build: b.Build, Version: b.Version, State: b.State,
-				Position: map[string]int64{}, keepUntil: b.keepUntil})
+				Position: map[string]int64{}, keepUntil: b.keepUntil, gone: b.gone})
+			if b.gone {
+				s.Items[last].State = StateHalted
+				s.Items[last].Error = "its table or its view is gone: build the read model anew (wharf replay --force)"
+			}
 			if differences != nil {
 				s.Items[last].Verified = &Verified{verified.UTC(), *differences}
 			}
@@ -288,6 +313,10 @@ func (s *Status) readBuilds(ctx context.Context, db DB) (places [][]place, err e
 			item.halt(partition, b.Error)
 		}
 		for i, topic := range topics {
+			if i < len(topicIDs) && IsAnother(topicIDs[i], ids[topic]) {
+				offsets[i], seqs[i] = 0, 0
+				item.halt(partition, fmt.Sprintf("the build was made of another topic %s than there is now (wharf verify %s says more)", topic, b.Name))
+			}
 			item.Position[topic] += seqs[i]
 			places[last] = append(places[last], place{topic, partition, offsets[i]})
 		}

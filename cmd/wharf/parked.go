@@ -45,7 +45,7 @@ func (c *parkedListCmd) Run(ctx context.Context) error {
 		}
 		policies := []projections.PolicyLag{}
 		if c.Model == "" {
-			if policies, err = (lags{client, engine.Partitions}).Policies(ctx); err != nil {
+			if policies, err = (lags{client: client, partitions: engine.Partitions}).Policies(ctx); err != nil {
 				return err
 			}
 			policies = slices.DeleteFunc(policies, func(p projections.PolicyLag) bool { return len(p.Parked) == 0 })
@@ -149,6 +149,9 @@ func (c *parkedRetryCmd) Run(ctx context.Context) error {
 			err = printJSON(done)
 		} else {
 			fmt.Fprintf(stdout, "%s: %d events were applied, %d wait still\n", c.Model, done.Applied, done.Waiting)
+			if done.Previous > 0 {
+				fmt.Fprintf(stdout, "%d wait in the previous build, and would be missing after a rollback\n", done.Previous)
+			}
 		}
 		if err == nil && done.Applied == 0 && done.Waiting > 0 {
 			err = errors.New("nothing was applied: wharf parked list says what waits, and why")

@@ -88,7 +88,7 @@ type part struct {
 // serve runs the parts and serves their routes on the listener, until ctx ends. Then requests are drained first, and
 // the parts stopped after that: a command under way gets its answer.
 func serve(ctx context.Context, l net.Listener, client *kafka.Client, parts ...part) error {
-	installation, err := client.Installation(ctx, projections.Topics)
+	ids, err := client.TopicIDs(ctx, projections.Topics)
 	if err != nil {
 		return err
 	}
@@ -117,7 +117,7 @@ func serve(ctx context.Context, l net.Listener, client *kafka.Client, parts ...p
 		defer cancel()
 		context.AfterFunc(life, cancel) // a part has failed
 		slog.Info("serving", "addr", l.Addr().String())
-		err := web.Serve(serving, l, web.Handler(mux, document, web.Installation(installation), func() error {
+		err := web.Serve(serving, l, web.Handler(mux, document, web.InstallationOf(ids), func() error {
 			if ctx.Err() != nil {
 				return errors.New("shutting down")
 			}

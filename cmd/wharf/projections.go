@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"wharf/infra/embedded"
+	"wharf/infra/journal"
 	"wharf/infra/kafka"
 	"wharf/infra/postgres"
 	"wharf/projections"
@@ -107,16 +108,43 @@ func (f *storesFlag) withEngine(
 		return err
 	}
 	defer closePool()
+	return f.whileKafka(ctx, client, func(ctx context.Context) error {
+		return whileDatabase(ctx, engine, func() error { return do(ctx, client, engine) })
+	})
+}
+
+// withDatabase calls do with an engine that has nothing to read from, for what needs Kafka only if there is something to read.
+func (f *storesFlag) withDatabase(ctx context.Context, c postgres.Config, away error, do func(context.Context, *postgres.Engine) error) error {
+	opening, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	pool, err := postgres.Open(opening, f.DatabaseURL)
+	if err != nil {
+		return err
+	}
+	defer pool.Close()
+	if c.Partitions, err = postgres.Partitions(ctx, pool); err != nil {
+		return err
+	}
+	c.Source = func(string) journal.Reader { return unreadable{away} }
+	engine := postgres.New(pool, c)
+	return whileDatabase(ctx, engine, func() error { return do(ctx, engine) })
+}
+
+// unreadable is a topic of brokers that do not answer.
+type unreadable struct{ err error }
+
+func (u unreadable) Read(context.Context, int32, int64, func(journal.Batch) error) error {
+	return u.err
+}
+func (u unreadable) End(context.Context, int32) (int64, error) { return 0, u.err }
+
+// whileDatabase does it if the database is fit for it, and says so when it went away.
+func whileDatabase(ctx context.Context, engine *postgres.Engine, do func() error) error {
 	if err := engine.Check(ctx); err != nil {
 		return err
 	}
-	err = f.whileKafka(ctx, client, func(ctx context.Context) error { return do(ctx, client, engine) })
-	if err == nil || ctx.Err() != nil {
-		return err
-	}
-	asking, enough := context.WithTimeout(ctx, 2*time.Second)
-	defer enough()
-	if engine.Ping(asking) != nil {
+	err := do()
+	if err != nil && ctx.Err() == nil && !engine.Answers(ctx) {
 		err = fmt.Errorf("the database has gone away: what was done until then stays, run it again when it is back (%w)", err)
 	}
 	return err
@@ -140,12 +168,18 @@ func (c *projectionsCmd) Run(ctx context.Context) error {
 		return err
 	}
 	defer client.Close()
-	pool, err := postgres.OpenQuery(ctx, c.DatabaseURL)
+	opening, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	pool, err := postgres.OpenQuery(opening, c.DatabaseURL)
 	if err != nil {
 		return err
 	}
 	defer pool.Close()
-	status, err := projections.ReadStatus(ctx, pool, lags{client, partitions})
+	ids, err := client.TopicIDs(ctx, projections.Topics)
+	if err != nil {
+		return err
+	}
+	status, err := projections.ReadStatus(ctx, pool, lags{client, partitions, ids})
 	if err != nil {
 		return err
 	}

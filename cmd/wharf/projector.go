@@ -102,6 +102,11 @@ func openEngine(ctx context.Context, client *kafka.Client, url string, config po
 	if url == "" {
 		return nil, nil, errors.New("no database URL")
 	}
+	ids, err := client.TopicIDs(ctx, projections.Topics)
+	if err != nil {
+		return nil, nil, err
+	}
+	config.TopicIDs = ids
 	pool, err := postgres.Open(ctx, url)
 	if err != nil {
 		return nil, nil, fmt.Errorf("open the read models: %w", err)

@@ -51,13 +51,19 @@ func (c *queryCmd) Run(ctx context.Context) error {
 
 // queryPart serves the read models. It can read their views and do nothing else.
 func queryPart(ctx context.Context, client *kafka.Client, url string, partitions int) (part, error) {
+	ids, err := client.TopicIDs(ctx, projections.Topics)
+	if err != nil {
+		return part{}, err
+	}
 	pool, err := postgres.OpenQuery(ctx, url)
 	if err != nil {
 		return part{}, err
 	}
+	positions := postgres.NewPositions(pool)
+	positions.TopicIDs = ids
 	return part{
 		register: func(api huma.API) {
-			projections.Register(api, projections.Reads{DB: pool, Positions: postgres.NewPositions(pool), Lags: lags{client, partitions}})
+			projections.Register(api, projections.Reads{DB: pool, Positions: positions, Lags: lags{client, partitions, ids}})
 		},
 		run: func(ctx context.Context) error {
 			<-ctx.Done()
@@ -76,7 +82,11 @@ func queryPart(ctx context.Context, client *kafka.Client, url string, partitions
 type lags struct {
 	client     *kafka.Client
 	partitions int
+	ids        map[string]string // of the topics
 }
+
+// TopicIDs implements projections.Lags.
+func (l lags) TopicIDs() map[string]string { return l.ids }
 
 func (l lags) Ends(ctx context.Context, topics []string) (map[string]map[int32]int64, error) {
 	var mu sync.Mutex

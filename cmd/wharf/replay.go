@@ -72,13 +72,14 @@ func (c *replayCmd) Run(ctx context.Context) error {
 		}
 	}
 	if ways > 1 || c.NoSwap && c.Force {
-		return usageError("only one of --rollback, --dry-run, --no-swap, --force, and a part of what happened can be asked for")
+		return usageError("only one of --rollback, --dry-run, --no-swap, --force, and a part (--key, --from-position, --until) can be asked for")
 	}
 	if !c.Rollback { // which holds up live projection, for a moment
 		giveWay()
 		collectLess(replayGarbage, readSideMemory())
 	}
-	return c.withEngine(ctx, "wharf-replay", postgres.Config{Keep: c.KeepBuilds, Parallel: c.Parallel}, func(ctx context.Context, _ *kafka.Client, engine *postgres.Engine) error {
+	config := postgres.Config{Keep: c.KeepBuilds, Parallel: c.Parallel}
+	do := func(ctx context.Context, engine *postgres.Engine) error {
 		if c.DryRun {
 			return c.dryRun(ctx, engine, models)
 		}
@@ -108,7 +109,7 @@ func (c *replayCmd) Run(ctx context.Context) error {
 			if last := len(results) - 1; c.NoSwap && err == nil && results[last].Comparison != nil && !results[last].Comparison.Same() {
 				errs = append(errs, fmt.Errorf("%s: the rows of the new build differ", name))
 			}
-			if errs = append(errs, err); err == nil || difference != nil || errors.Is(err, postgres.ErrReplaying) || errors.Is(err, postgres.ErrNoPrevious) {
+			if errs = append(errs, err); err == nil || ctx.Err() == nil && engine.Answers(ctx) {
 				continue // what is wrong with one is not wrong with the others
 			}
 			if left := models[i+1:]; len(left) > 0 {
@@ -127,7 +128,12 @@ func (c *replayCmd) Run(ctx context.Context) error {
 			}
 		}
 		return err
-	})
+	}
+	err = c.withEngine(ctx, "wharf-replay", config, func(ctx context.Context, _ *kafka.Client, engine *postgres.Engine) error { return do(ctx, engine) })
+	if c.Rollback && errors.Is(err, kafka.ErrNoBroker) {
+		return c.withDatabase(ctx, config, err, do)
+	}
+	return err
 }
 
 // giveWay has this process work with what the others leave, so that queries do not wait for a replay. The priority is a

@@ -34,12 +34,12 @@ func (c *verifyCmd) Run(ctx context.Context) error {
 			if !c.JSON {
 				fmt.Fprintln(stdout, r.String())
 			}
-			if !r.Same() || r.Halted != "" {
+			if !r.Same() || r.Halted != "" || r.Unread != "" {
 				wrong++
 			}
 		}
 		if err == nil && wrong > 0 {
-			err = fmt.Errorf("%d of %d read models are not what the log says, or have halted", wrong, len(results))
+			err = fmt.Errorf("%d of %d read models are not what the log says, or have halted, or are not what queries read", wrong, len(results))
 		}
 		return err
 	})

@@ -53,6 +53,9 @@ const (
 // ErrClosed is the error of everything that is asked of a closed Client.
 var ErrClosed = errors.New("the Kafka client is closed")
 
+// ErrNoBroker is the error of Connect when no broker answers.
+var ErrNoBroker = errors.New("no Kafka broker answers")
+
 // Config says where Kafka is and how to be a member of a group. Brokers is required.
 type Config struct {
 	Brokers  []string     // host:port of some brokers of the cluster
@@ -94,7 +97,7 @@ func init() {
 	metrics.UseNilMetrics = true
 }
 
-// Connect returns a Client once a broker has answered. When none does in Config.ConnectTimeout it is an error that
+// Connect returns a Client once a broker has answered. When none does in Config.ConnectTimeout it is an ErrNoBroker that
 // names the brokers.
 func Connect(ctx context.Context, cfg Config) (*Client, error) {
 	if len(cfg.Brokers) == 0 {
@@ -157,7 +160,7 @@ func dial(ctx context.Context, brokers []string, conf *sarama.Config) (sarama.Cl
 		case <-ctx.Done():
 		}
 		if !retry.sleep(ctx) {
-			return nil, fmt.Errorf("no Kafka broker answers at %s: %w", strings.Join(brokers, ", "), last)
+			return nil, fmt.Errorf("%w at %s: %w", ErrNoBroker, strings.Join(brokers, ", "), last)
 		}
 	}
 }

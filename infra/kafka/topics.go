@@ -8,7 +8,6 @@ import (
 	"math"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/IBM/sarama"
@@ -389,45 +388,47 @@ const (
 	idleAdmins   = 4
 )
 
-// Installation names the topics as they are now: the name changes when one of them is made anew, where the cluster gives
-// topics ids. It is an error when one of them does not exist; brokers that are away are waited for, as Connect does.
-func (c *Client) Installation(ctx context.Context, topics []string) (name string, err error) {
+// TopicIDs is the id of each topic, which is another one when the topic is made anew; empty where the cluster gives none. It is an
+// error when a topic does not exist; brokers that are away are waited for, as Connect does.
+func (c *Client) TopicIDs(ctx context.Context, topics []string) (ids map[string]string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.ConnectTimeout)
 	defer cancel()
 	for retry := (backoff{}); ; {
-		name, err = c.identify(ctx, topics)
+		ids, err = c.identify(ctx, topics)
 		if err == nil || errors.Is(err, sarama.ErrUnknownTopicOrPartition) || !retry.sleep(ctx) {
 			break
 		}
 	}
 	if err != nil {
-		return "", fmt.Errorf("identify the topics: %w", err)
+		return nil, fmt.Errorf("identify the topics: %w", err)
 	}
-	return name, nil
+	return ids, nil
 }
 
-func (c *Client) identify(ctx context.Context, topics []string) (string, error) {
-	var name string
+func (c *Client) identify(ctx context.Context, topics []string) (map[string]string, error) {
+	got := make(chan map[string]string, 1)
 	err := c.admin(ctx, func(a sarama.ClusterAdmin) error {
 		found, err := a.DescribeTopics(topics)
 		if err != nil {
 			return err
 		}
-		ids := make([]string, len(found))
-		for i, t := range found {
+		ids := map[string]string{}
+		for _, t := range found {
 			if t.Err != sarama.ErrNoError {
 				return fmt.Errorf("topic %s: %w (wharf topics creates topics)", t.Name, t.Err)
 			}
-			ids[i] = t.Name + "=" + t.Uuid.String()
+			ids[t.Name] = ""
+			if t.Uuid != (sarama.Uuid{}) {
+				ids[t.Name] = t.Uuid.String()
+			}
 		}
-		slices.Sort(ids)
-		name = strings.Join(ids, ",")
+		got <- ids
 		return nil
 	})
 	if err != nil {
-		return "", err // and name may still be written to
+		return nil, err
 	}
-	return name, nil
+	return <-got, nil
 }
 
 // Partitions is how many partitions the topic has.

@@ -29,6 +29,7 @@ type build struct {
 	version    int
 	partitions int
 	topics     []string
+	topicIDs   []string // in their order; empty where it is not known
 	state      string
 
 	verified    *time.Time
@@ -62,6 +63,9 @@ func (b build) hasTable(ctx context.Context, db querier) (bool, error) {
 
 // Table is the table of a build of the read model, as SQL names it.
 func Table(model string, id int64) string { return build{id: id, model: model}.table() }
+
+// viewOf is the view of the read model, which shows its live build.
+func viewOf(model string) string { return projections.ViewSchema + "." + quote(model) }
 
 func quote(name string) string { return pgx.Identifier{name}.Sanitize() }
 
@@ -111,15 +115,16 @@ type querier interface {
 	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
 }
 
-// builds lists the builds of all models in one of the states.
+// builds lists the builds of all models in one of the states; a live one comes before the previous one.
 func builds(ctx context.Context, db querier, states ...string) ([]build, error) {
 	rows, err := db.Query(ctx,
-		`SELECT id, model, version, partitions, topics, state, verified_at, differences FROM wharf.builds WHERE state = ANY($1)`, states)
+		`SELECT id, model, version, partitions, topics, topic_ids, state, verified_at, differences FROM wharf.builds
+		WHERE state = ANY($1) ORDER BY model, state`, states)
 	if err != nil {
 		return nil, err
 	}
 	return pgx.CollectRows(rows, func(r pgx.CollectableRow) (b build, err error) {
-		err = r.Scan(&b.id, &b.model, &b.version, &b.partitions, &b.topics, &b.state, &b.verified, &b.differences)
+		err = r.Scan(&b.id, &b.model, &b.version, &b.partitions, &b.topics, &b.topicIDs, &b.state, &b.verified, &b.differences)
 		return b, err
 	})
 }
@@ -136,9 +141,9 @@ func of(all []build, model string) (b build, found bool) {
 // create makes an empty build with its table. Its primary key is there only if rows are looked up by it while the build
 // is filled; finish makes what is missing.
 func (e *Engine) create(ctx context.Context, tx pgx.Tx, m projections.Model, purpose string) (build, error) {
-	b := build{model: m.Name, version: m.Version, partitions: e.Partitions, topics: m.Topics, state: building}
-	err := tx.QueryRow(ctx, `INSERT INTO wharf.builds (model, version, partitions, topics, state, purpose)
-		VALUES ($1, $2, $3, $4, $5, $6) RETURNING id`, b.model, b.version, b.partitions, b.topics, b.state, purpose).Scan(&b.id)
+	b := build{model: m.Name, version: m.Version, partitions: e.Partitions, topics: m.Topics, topicIDs: e.idsOf(m.Topics), state: building}
+	err := tx.QueryRow(ctx, `INSERT INTO wharf.builds (model, version, partitions, topics, topic_ids, state, purpose)
+		VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING id`, b.model, b.version, b.partitions, b.topics, b.topicIDs, b.state, purpose).Scan(&b.id)
 	if err != nil {
 		return b, err
 	}
@@ -161,6 +166,48 @@ func (e *Engine) create(ctx context.Context, tx pgx.Tx, m projections.Model, pur
 		SELECT $1, p, array_fill(0, ARRAY[$2::int]), array_fill(0, ARRAY[$2::int]) FROM generate_series(0, $3 - 1) p`,
 		b.id, len(b.topics), b.partitions)
 	return b, err
+}
+
+// idsOf is the ids of the topics, if they are known.
+func (e *Engine) idsOf(topics []string) []string {
+	ids := []string{}
+	for _, topic := range topics {
+		if len(e.TopicIDs) > 0 {
+			ids = append(ids, e.TopicIDs[topic])
+		}
+	}
+	return ids
+}
+
+// ids are those of the topics that the build was made of.
+func (b build) ids() map[string]string {
+	ids := map[string]string{}
+	for i, id := range b.topicIDs {
+		ids[b.topics[i]] = id
+	}
+	return ids
+}
+
+// isOther says that the build was made of another topic than the one that has its name now.
+func (b build) isOther(topic int, ids map[string]string) bool {
+	if topic >= len(b.topicIDs) {
+		return false
+	}
+	return projections.IsAnother(b.topicIDs[topic], ids[b.topics[topic]])
+}
+
+// errOtherLog is an error of the observer as much as of the build: it is not written down where others would take it for theirs.
+var errOtherLog = errors.New("this is another Kafka, or the topic was made anew")
+
+// ofThisLog is an error if the build was made of other topics than there are now: nothing that it knows of them is true any more.
+func (e *Engine) ofThisLog(b build) error {
+	for i, topic := range b.topics {
+		if b.isOther(i, e.TopicIDs) {
+			return fmt.Errorf("build %d was made of another topic %s than there is now (id %s, and now %s): %w. Use the right one, restore it, or "+
+				"build of what there is (wharf replay --force)", b.id, topic, b.topicIDs[i], e.TopicIDs[topic], errOtherLog)
+		}
+	}
+	return nil
 }
 
 func primaryKey(m projections.Model) string {
@@ -209,14 +256,14 @@ const stale = "stale"
 
 // point makes the model's view show the build.
 func point(ctx context.Context, tx pgx.Tx, m projections.Model, b build) error {
-	view := projections.ViewSchema + "." + quote(b.model)
+	view := viewOf(b.model)
 	same, err := sameColumns(ctx, tx, m)
 	if err != nil {
 		return err
 	}
 	waits := "true" // its queries add up all rows, and the one that misses an event may not even be there
 	if m.Stream != "" {
-		waits = "k.keys @> ARRAY[r." + quote(m.Stream) + "::text]"
+		waits = "k.keys @> ARRAY[" + shortSQL("r."+quote(m.Stream)+"::text") + "]"
 	}
 	statements := []string{
 		fmt.Sprintf("CREATE OR REPLACE VIEW %s AS SELECT %s, EXISTS (SELECT FROM wharf.parked k WHERE k.build = %d AND %s) AS %s FROM %s r",
@@ -272,8 +319,8 @@ func addStale(ctx context.Context, tx pgx.Tx, b build) error {
 	for i, c := range columns {
 		columns[i] = quote(c)
 	}
-	_, err = tx.Exec(ctx, fmt.Sprintf("CREATE OR REPLACE VIEW %s.%s AS SELECT %s, false AS %s FROM %s",
-		projections.ViewSchema, quote(b.model), strings.Join(columns, ", "), stale, b.table()))
+	_, err = tx.Exec(ctx, fmt.Sprintf("CREATE OR REPLACE VIEW %s AS SELECT %s, false AS %s FROM %s",
+		viewOf(b.model), strings.Join(columns, ", "), stale, b.table()))
 	return err
 }
 
@@ -417,6 +464,7 @@ const (
 	codeMoved            = "WH001" // wharf.advance
 	codeLockNotAvailable = "55P03"
 	codeDeadlock         = "40P01"
+	codeUndefinedColumn  = "42703"
 )
 
 func isCode(err error, code string) bool {

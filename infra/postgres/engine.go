@@ -27,6 +27,7 @@ type Config struct {
 	Partitions int // of every topic
 
 	// Optional.
+	TopicIDs map[string]string   // of the topics that there are: a build that was made of others does not go on
 	Models   []projections.Model // projections.All
 	Interval time.Duration       // how long a position that changed no rows waits to be stored at most; 1 second
 	Batch    int                 // most events in one transaction; 5,000
@@ -49,8 +50,8 @@ type Config struct {
 type Engine struct {
 	Config
 	pool  *pgxpool.Pool
-	bulk  limits            // of tasks that fill a build
-	turns map[string]*turns // of each model's tasks
+	bulk  limits          // of tasks that fill a build
+	turns map[role]*turns // of each build's tasks
 
 	mu      sync.Mutex
 	kept    map[role]*keptBuild
@@ -104,10 +105,10 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
-	e := &Engine{Config: c, pool: pool, bulk: bulkLimits, turns: map[string]*turns{}, kept: map[role]*keptBuild{},
+	e := &Engine{Config: c, pool: pool, bulk: bulkLimits, turns: map[role]*turns{}, kept: map[role]*keptBuild{},
 		changed: make(chan struct{}), warned: map[string]time.Time{}, mine: map[int32]int{}}
 	for _, m := range c.Models {
-		e.turns[m.Name] = newTurns()
+		e.turns[role{m.Name, live}], e.turns[role{m.Name, previous}] = newTurns(liveWriters), newTurns(previousWriters)
 	}
 	return e
 }
@@ -115,8 +116,12 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 // oldest is the oldest Postgres that will do, as server_version_num counts.
 const oldest = 15_00_00
 
-// Ping says whether the database answers.
-func (e *Engine) Ping(ctx context.Context) error { return e.pool.Ping(ctx) }
+// Answers says whether the database does, within two seconds.
+func (e *Engine) Answers(ctx context.Context) bool {
+	ctx, enough := context.WithTimeout(ctx, 2*time.Second)
+	defer enough()
+	return e.pool.Ping(ctx) == nil
+}
 
 // Check says what is wrong with the database for an operation on read models that are there: it is too old, read-only, or
 // no projector has set it up yet.
@@ -133,6 +138,18 @@ func (e *Engine) Check(ctx context.Context) error {
 		return errors.New("the database holds no read models of this version of Wharf: start a projector first")
 	}
 	return nil
+}
+
+// Partitions is how many partitions the read models of the database were built from.
+func Partitions(ctx context.Context, pool *pgxpool.Pool) (int, error) {
+	var partitions *int
+	if err := pool.QueryRow(ctx, "SELECT max(partitions) FROM wharf.builds WHERE state = 'live'").Scan(&partitions); err != nil {
+		return 0, fmt.Errorf("look at the database: %w", err)
+	}
+	if partitions == nil {
+		return 0, errors.New("the database holds no read models: start a projector first")
+	}
+	return *partitions, nil
 }
 
 // writable says what is wrong with the database, if it cannot hold read models.
@@ -188,6 +205,13 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 		}
 	}
 	for _, m := range e.Models {
+		if len(e.TopicIDs) > 0 { // what was made by a program that did not ask for them
+			_, err := conn.Exec(ctx, "UPDATE wharf.builds SET topic_ids = $2 WHERE model = $1 AND topics = $3 AND topic_ids = '{}'",
+				m.Name, e.idsOf(m.Topics), m.Topics)
+			if err != nil {
+				return err
+			}
+		}
 		old, found := of(have, m.Name)
 		if found {
 			there, err := old.hasTable(ctx, conn)
@@ -203,11 +227,15 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 		}
 		err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
 			if found { // somebody has dropped its table
-				e.Logger.Warn("the table of a read model is gone, and is built anew from the log", "model", m.Name, "build", old.id)
 				tag, err := tx.Exec(ctx, "UPDATE wharf.builds SET state = 'retired', keep_until = now() WHERE id = $1 AND state = 'live'", old.id)
 				if err != nil || tag.RowsAffected() == 0 { // a replay was quicker
 					return err
 				}
+				if back, whole, err := e.previousOf(ctx, tx, m); err != nil || whole {
+					e.Logger.Warn("the table of a read model is gone, and the previous build is the live one again", "model", m.Name, "build", old.id)
+					return errors.Join(err, e.publish(ctx, tx, m, back))
+				}
+				e.Logger.Warn("the table of a read model is gone, and is built anew from the log", "model", m.Name, "build", old.id)
 			}
 			b, err := e.create(ctx, tx, m, forReplay)
 			if err == nil {
@@ -223,6 +251,20 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 		}
 	}
 	return nil
+}
+
+// previousOf is the model's previous build, if it is whole and of this program's version.
+func (e *Engine) previousOf(ctx context.Context, tx pgx.Tx, m projections.Model) (b build, whole bool, err error) {
+	all, err := builds(ctx, tx, previous)
+	if err != nil {
+		return b, false, err
+	}
+	b, found := of(all, m.Name)
+	if !found || b.version != m.Version || e.ofThisLog(b) != nil {
+		return b, false, nil
+	}
+	whole, err = b.hasTable(ctx, tx)
+	return b, whole, err
 }
 
 // unlock gives a session's advisory lock back, even when ctx has ended; a connection that cannot is closed, which does.
@@ -373,7 +415,9 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 		case whileKept.Err() != nil: // swapped, or the end
 			retry = backoff{}
 		case errors.As(err, &halt):
-			log.Error("a projection halts: it does not go on without help", "build", b.id, "err", err)
+			if !errors.Is(err, errOtherLog) || e.mayWarn(m.Name) { // which all tasks are told
+				log.Error("a projection halts: it does not go on without help", "build", b.id, "err", err)
+			}
 			e.awaitRepair(whileKept, b.build, partition, t.epoch, err, log)
 		default:
 			if t.took > 0 { // it has stored something
@@ -420,7 +464,7 @@ func (e *Engine) follow(ctx context.Context, m projections.Model, b build, parti
 		b.id, partition); err != nil {
 		return t, err
 	}
-	t.turns = e.turns[m.Name]
+	t.turns = e.turns[role{m.Name, b.state}]
 	defer t.showParked()()
 	return t, t.run(ctx, nil)
 }
@@ -435,7 +479,7 @@ func (e *Engine) awaitRepair(ctx context.Context, b build, partition int32, epoc
 		case err != nil:
 		case now != epoch:
 			return
-		case shown != legible(halt.Error()): // or whoever ran the task before, and still did for a moment, has cleared it
+		case shown != legible(halt.Error()) && !errors.Is(halt, errOtherLog): // or whoever ran the task before, and still did for a moment, has cleared it
 			e.recordHalt(ctx, b, partition, halt, log)
 		}
 		if !pause(ctx, 4*e.Poll) {
@@ -482,12 +526,15 @@ func (e *Engine) upgrade(ctx context.Context) {
 				}
 				e.Logger.Info("building a read model anew", "model", m.Name, "from", b.version, "to", m.Version)
 				// The rows differ on purpose: how is said in the log.
-				err := e.replay(ctx, m, ReplayOptions{Force: true}, func(p Progress) {
+				err := e.replay(ctx, m, ReplayOptions{Force: true, upgrade: true}, func(p Progress) {
 					if p.Phase == PhaseSwapping && p.Comparison != nil && !p.Comparison.Same() {
 						e.Logger.Info("the new build of a read model differs from the live one", "model", m.Name,
 							"difference", p.Comparison.String())
 					}
 				})
+				if errors.Is(err, errUpgraded) { // another projector was quicker
+					err = nil
+				}
 				if err != nil && !errors.Is(err, ErrReplaying) && ctx.Err() == nil {
 					e.Logger.Error("building a read model anew failed, and is tried again", "model", m.Name, "err", err)
 				}
@@ -501,12 +548,12 @@ func (e *Engine) upgrade(ctx context.Context) {
 }
 
 // help keeps the live builds up to date while a rolling update is under way: some partitions belong to programs of another
-// version then, who cannot run these tasks. A task that does not move although there is more to read is brought to the
-// end from here; should its owner be able to run it after all, one of the two finds that its position has moved.
+// version then, who cannot run these tasks. A task that does not move although there is more to read is brought on from
+// here; should its owner be able to run it after all, one of the two finds that its position has moved.
 func (e *Engine) help(ctx context.Context) {
-	seen := map[int64]map[int32][]int64{} // the offsets at the last look, by build and partition
-	for pause(ctx, 2*e.Poll) {
-		now := map[int64]map[int32][]int64{}
+	seen := map[int64]map[int32]standing{} // by build and partition
+	for pause(ctx, helpEvery*e.Poll) {
+		now := map[int64]map[int32]standing{}
 		for _, m := range e.Models {
 			e.mu.Lock()
 			b := e.kept[role{m.Name, live}]
@@ -514,9 +561,9 @@ func (e *Engine) help(ctx context.Context) {
 			if b == nil || b.version != m.Version {
 				continue
 			}
-			at, still, err := e.othersTasks(ctx, b.build, seen[b.id])
-			if now[b.id] = at; err == nil {
-				err = e.bring(b.ctx, ctx, m, b.build, still)
+			others, patience, err := e.othersTasks(ctx, b.build, seen[b.id])
+			if now[b.id] = others; err == nil {
+				err = e.bring(b.ctx, ctx, m, b.build, others, patience)
 			}
 			if err != nil && ctx.Err() == nil && b.ctx.Err() == nil {
 				e.Logger.Debug("cannot help with a read model", "model", m.Name, "err", err)
@@ -526,52 +573,79 @@ func (e *Engine) help(ctx context.Context) {
 	}
 }
 
-// othersTasks is where the tasks of others on the build are, and which of these have not moved; none unless there is a build
-// of another version beside it.
-func (e *Engine) othersTasks(ctx context.Context, b build, before map[int32][]int64) (at map[int32][]int64, still []int32, err error) {
+// How often others are looked at, and how long a task may stand still until it is helped: while there is a build of another
+// version, which says that programs of two share the partitions, and else, when it may only be slow. In Config.Poll.
+const (
+	helpEvery         = 2
+	patienceAtTwo     = 2
+	patienceOtherwise = 10
+)
+
+// standing is a task that stands still.
+type standing struct {
+	offsets []int64
+	ends    []int64 // of its topics, when it was first seen there
+	since   time.Time
+}
+
+// othersTasks is where the tasks of others on the build stand, and how long they may. One that has moved, or that had nothing to
+// read, is seen for the first time.
+func (e *Engine) othersTasks(ctx context.Context, b build, before map[int32]standing) (
+	others map[int32]standing, patience time.Duration, err error,
+) {
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
-	rows, err := e.pool.Query(ctx, `SELECT partition, offsets FROM wharf.tasks WHERE build = $1 AND error = '' AND EXISTS (
-		SELECT FROM wharf.builds WHERE model = $2 AND version <> $3 AND state IN ('building', 'previous'))`, b.id, b.model, b.version)
+	rows, err := e.pool.Query(ctx, `SELECT partition, offsets, EXISTS (SELECT FROM wharf.builds
+			WHERE model = $2 AND version <> $3 AND state IN ('building', 'previous'))
+		FROM wharf.tasks WHERE build = $1 AND error = ''`, b.id, b.model, b.version)
 	if err != nil {
-		return nil, nil, err
+		return nil, 0, err
 	}
-	at = map[int32][]int64{}
+	others = map[int32]standing{}
+	ends := make([][]int64, b.partitions)
+	const ask = -1
+	patience = patienceOtherwise * e.Poll
 	var p int32
 	var offsets []int64
-	_, err = pgx.ForEachRow(rows, []any{&p, &offsets}, func() error {
+	var two bool
+	_, err = pgx.ForEachRow(rows, []any{&p, &offsets, &two}, func() error {
+		if two {
+			patience = patienceAtTwo * e.Poll
+		}
 		e.mu.Lock()
 		defer e.mu.Unlock()
-		if e.mine[p] == 0 {
-			if at[p] = slices.Clone(offsets); slices.Equal(before[p], offsets) {
-				still = append(still, p)
-			}
+		if e.mine[p] > 0 {
+			return nil
+		}
+		others[p] = before[p]
+		if at := (position{offsets: offsets}); !slices.Equal(before[p].offsets, offsets) || at.passed(before[p].ends) {
+			ends[p] = slices.Repeat([]int64{ask}, len(offsets))
+			others[p] = standing{slices.Clone(offsets), ends[p], time.Now()}
 		}
 		return nil
 	})
-	return at, still, err
+	if err == nil {
+		err = e.ends(ctx, b.topics, ends, func(offset int64) bool { return offset == ask })
+	}
+	return others, patience, err
 }
 
-// bring runs the tasks to where their topics end now.
-func (e *Engine) bring(whileKept, ctx context.Context, m projections.Model, b build, partitions []int32) error {
+// bring runs the tasks that have stood still for too long to where their topics ended then.
+func (e *Engine) bring(
+	whileKept, ctx context.Context, m projections.Model, b build, others map[int32]standing, patience time.Duration,
+) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(whileKept, cancel)()
-	for _, p := range partitions {
+	for p, s := range others {
+		if time.Since(s.since) < patience || (position{offsets: s.offsets}).passed(s.ends) {
+			continue
+		}
 		t, err := e.load(ctx, e.pool, m, b, p)
 		if err != nil {
 			return err
 		}
-		until := make([]int64, len(m.Topics))
-		for i, topic := range m.Topics {
-			if until[i], err = e.Source(topic).End(ctx, p); err != nil {
-				return err
-			}
-		}
-		if t.at.passed(until) {
-			continue
-		}
-		err = t.run(ctx, until)
+		err = t.run(ctx, s.ends)
 		if halt := new(haltError); errors.As(err, &halt) {
 			e.recordHalt(ctx, b, p, err, t.log)
 		} else if err != nil && !isCode(err, codeMoved) {

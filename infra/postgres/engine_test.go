@@ -479,7 +479,7 @@ func TestAHaltThatComesFirstIsShown(t *testing.T) {
 // A turn that was given in the moment in which its task was stopped is given back.
 func TestATurnThatIsNotTakenIsGivenBack(t *testing.T) {
 	e := New(nil, Config{Models: []projections.Model{projections.Stock}, Partitions: partitions})
-	turns := e.turns["stock"]
+	turns := e.turns[role{"stock", live}]
 	for range 50 { // in half of them the task sees first that it is stopped
 		ctx, stop := context.WithCancel(t.Context())
 		chunks := make(chan chunk, 2)
@@ -490,8 +490,8 @@ func TestATurnThatIsNotTakenIsGivenBack(t *testing.T) {
 		task := &task{e: e, model: projections.Stock, turns: turns, at: position{offsets: []int64{0}, seqs: []int64{0}}, limits: bulkLimits,
 			moved: func(int64, int64) {
 				if seen++; seen == 2 { // it has asked for a turn after the first
-					for turns.TryAcquire(writers) {
-						turns.Release(writers)
+					for turns.TryAcquire(liveWriters) {
+						turns.Release(liveWriters)
 						runtime.Gosched()
 					}
 					stop()
@@ -501,7 +501,7 @@ func TestATurnThatIsNotTakenIsGivenBack(t *testing.T) {
 			b.turn.end()
 		}
 	}
-	if !turns.TryAcquire(writers) {
+	if !turns.TryAcquire(liveWriters) {
 		t.Error("not all turns have been given back")
 	}
 }

@@ -66,8 +66,9 @@ func TestPositionsAndRowsAgreeWhateverGoesWrong(t *testing.T) {
 			return one[int64](t, admin, "SELECT sum(o)::bigint FROM wharf.tasks, unnest(offsets) o") > seen+20
 		})
 		stop()
-		for model, turns := range e.turns {
-			eventually(t, "all turns of "+model+" have been given back", func() bool { return turns.TryAcquire(writers) })
+		for of, turns := range e.turns {
+			all := map[string]int64{live: liveWriters, previous: previousWriters}[of.state]
+			eventually(t, "all turns of "+of.model+" have been given back", func() bool { return turns.TryAcquire(all) })
 		}
 	}
 	cancel()

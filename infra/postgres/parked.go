@@ -73,16 +73,22 @@ func keysOfParked(m projections.Model, event touch) []string {
 	return keys
 }
 
-// longestKey is how many bytes of a parked event's key are kept as they are. An index takes some 2,700, and what is longer
-// than that is no key of a row either.
+// longestKey is how many bytes of a parked event's key are kept as they are. An index takes some 2,700, or more if they can be
+// compressed.
 const longestKey = 1000
 
-// short is the key, or its beginning and its hash if it is too long.
+// short is the key, or its hash if it is too long.
 func short(key string) string {
 	if len(key) <= longestKey {
 		return key
 	}
-	return fmt.Sprintf("%s…%x", strings.ToValidUTF8(key[:100], ""), sha256.Sum256([]byte(key)))
+	return fmt.Sprintf("%x", sha256.Sum256([]byte(key)))
+}
+
+// shortSQL is the same of a text in SQL.
+func shortSQL(text string) string {
+	return fmt.Sprintf("CASE WHEN octet_length(%[1]s) <= %[2]d THEN %[1]s ELSE encode(sha256(convert_to(%[1]s, 'UTF8')), 'hex') END",
+		text, longestKey)
 }
 
 // streamOf is the stream that the row of the key tells of, if it tells of one.
@@ -268,36 +274,34 @@ func (e *Engine) DiscardedEvents(ctx context.Context, model string) ([]Discarded
 
 // Repaired is what a retry has come to.
 type Repaired struct {
-	Applied int64 `json:"applied"`
-	Waiting int64 `json:"waiting"` // that are still parked
+	Applied  int64 `json:"applied"`  // to the live build
+	Waiting  int64 `json:"waiting"`  // that are still parked in it
+	Previous int64 `json:"previous"` // that are still parked in the previous build
 }
 
 // RetryParked tries the model's parked events again, in their order, on the live build and the previous one: all of
 // them, or those with the key (a stream, or the text of a row's key), of which there has to be one. One that fails again
-// stays, and so does what waits for it. The result is the live build's, or the previous one's if nothing waits in that. It
-// needs a program that knows the builds' version, and works whether projectors run or not.
-func (e *Engine) RetryParked(ctx context.Context, model, key string) (Repaired, error) {
-	key = short(key)
-	done := map[string]Repaired{}
+// stays, and so does what waits for it. It needs a program that knows the builds' version, and works whether projectors run or
+// not. The error is ErrReplaying while somebody builds the read model anew.
+func (e *Engine) RetryParked(ctx context.Context, model, key string) (done Repaired, err error) {
 	tried := 0
-	err := e.eachParked(ctx, model, func(m projections.Model, b build, partition int32) error {
-		one, n, err := e.repair(ctx, m, b, partition, key)
-		sum := done[b.state]
-		done[b.state] = Repaired{sum.Applied + one.Applied, sum.Waiting + one.Waiting}
+	err = e.eachParked(ctx, model, func(m projections.Model, b build, partition int32) error {
+		one, n, err := e.repair(ctx, m, b, partition, short(key))
+		if b.state == live {
+			done.Applied, done.Waiting = done.Applied+one.Applied, done.Waiting+one.Waiting
+		} else {
+			done.Previous += one.Waiting
+		}
 		tried += n
 		return err
 	})
 	if err == nil && key != "" && tried == 0 {
 		err = fmt.Errorf("%w: nothing that waits has the key %s", ErrNotParked, key)
 	}
-	sum := done[live]
-	if sum == (Repaired{}) {
-		sum = done[previous]
-	}
 	if err != nil {
-		return sum, fmt.Errorf("retry the parked events of %s: %w", model, err)
+		return done, fmt.Errorf("retry the parked events of %s: %w", model, err)
 	}
-	return sum, nil
+	return done, nil
 }
 
 // ErrNotParked says that no such event is parked.
@@ -313,16 +317,7 @@ func (e *Engine) DiscardParked(ctx context.Context, model, position string) erro
 	if err != nil {
 		return err
 	}
-	// A build in the making would not know of it.
-	r, end, err := e.open(ctx, m, func(Progress) {})
-	if err != nil {
-		return fmt.Errorf("discard %s of %s: %w", position, model, err)
-	}
-	defer end()
-	found := false
-	if err = r.lockModel(ctx); err == nil {
-		found, err = e.discard(ctx, model, position)
-	}
+	found, err := e.discard(ctx, m, position)
 	if err == nil && !found {
 		err = ErrNotParked
 	}
@@ -332,22 +327,26 @@ func (e *Engine) DiscardParked(ctx context.Context, model, position string) erro
 	return nil
 }
 
-func (e *Engine) discard(ctx context.Context, model, position string) (found bool, err error) {
-	err = e.eachParked(ctx, model, func(m projections.Model, b build, partition int32) error {
+// discard finds the event in the live build first, or given up before.
+func (e *Engine) discard(ctx context.Context, m projections.Model, position string) (found bool, err error) {
+	err = e.pool.QueryRow(ctx, "SELECT EXISTS (SELECT FROM wharf.discarded WHERE model = $1 AND topic || '/' || partition || '/' || seq = $2)",
+		m.Name, position).Scan(&found)
+	if err != nil {
+		return false, err
+	}
+	err = e.eachParked(ctx, m.Name, func(m projections.Model, b build, partition int32) error {
 		return pgx.BeginFunc(ctx, e.pool, func(tx pgx.Tx) error {
 			if err := touchTask(ctx, tx, b, partition); err != nil {
 				return err
-			}
-			if b.state == previous {
-				if err := notAlone(ctx, tx, b, partition, position); err != nil {
-					return err
-				}
 			}
 			tag, err := tx.Exec(ctx, `WITH gone AS (DELETE FROM wharf.parked
 					WHERE build = $1 AND partition = $2 AND topic || '/' || partition || '/' || seq = $3 RETURNING topic, seq)
 				INSERT INTO wharf.discarded (model, partition, topic, seq) SELECT $4, $2, topic, seq FROM gone
 				ON CONFLICT (model, partition, topic, seq) DO UPDATE SET discarded_at = now()`,
 				b.id, partition, position, m.Name)
+			if err == nil && tag.RowsAffected() > 0 && b.state == previous && !found {
+				return errNotLive
+			}
 			found = found || tag.RowsAffected() > 0
 			return err
 		})
@@ -355,30 +354,19 @@ func (e *Engine) discard(ctx context.Context, model, position string) (found boo
 	return found, err
 }
 
-// notAlone is an error if the event at the position is parked in this build, but not in the live one, which has not given it up.
-func notAlone(ctx context.Context, tx pgx.Tx, b build, partition int32, position string) error {
-	// A retry that is under way is waited for.
-	_, err := tx.Exec(ctx, `SELECT FROM wharf.builds b JOIN wharf.tasks t ON t.build = b.id
-		WHERE b.model = $1 AND b.state = 'live' AND t.partition = $2 FOR SHARE OF t`, b.model, partition)
-	if err != nil {
-		return err
-	}
-	var here, live, givenUp bool
-	err = tx.QueryRow(ctx, `SELECT coalesce(bool_or(b.id = $4), false), coalesce(bool_or(b.state = 'live'), false),
-			EXISTS (SELECT FROM wharf.discarded WHERE model = $1 AND topic || '/' || partition || '/' || seq = $3)
-		FROM wharf.parked k JOIN wharf.builds b ON b.id = k.build
-		WHERE b.model = $1 AND k.partition = $2 AND k.topic || '/' || k.partition || '/' || k.seq = $3`,
-		b.model, partition, position, b.id).Scan(&here, &live, &givenUp)
-	if err == nil && here && !live && !givenUp {
-		err = errNotLive
-	}
-	return err
-}
-
-// eachParked calls f for each task of the live and the previous build that has parked events.
+// eachParked calls f for each task of the live build, and then of the previous one, that has parked events, while nobody swaps
+// another build in, which would not know of what f does.
 func (e *Engine) eachParked(ctx context.Context, model string, f func(projections.Model, build, int32) error) error {
 	m, err := projections.Find(e.Models, model)
 	if err != nil {
+		return err
+	}
+	r, end, err := e.open(ctx, m, func(Progress) {})
+	if err != nil {
+		return err
+	}
+	defer end()
+	if err := r.lockModel(ctx); err != nil {
 		return err
 	}
 	all, err := builds(ctx, e.pool, live, previous)
@@ -445,6 +433,7 @@ func (e *Engine) repairSome(ctx context.Context, m projections.Model, b build, p
 	if err != nil {
 		return done, 0, err
 	}
+	t.quiet = b.state == previous
 	err = pgx.BeginFunc(ctx, e.pool, func(tx pgx.Tx) error {
 		if err := touchTask(ctx, tx, b, partition); err != nil {
 			return err

@@ -16,6 +16,8 @@ import (
 // Positions tells queries how far the live read models are. It implements projections.Positions. However many wait, one
 // question after the other is asked of the database, and none while nobody waits.
 type Positions struct {
+	TopicIDs map[string]string // of the topics that there are: what a build has of others is nothing; optional
+
 	pool querier
 
 	mu      sync.Mutex
@@ -24,6 +26,8 @@ type Positions struct {
 	waiting map[*waiter]struct{}
 	joined  time.Time // when the last one came to wait
 	asking  bool
+
+	older bool // the projector that made the views; only the one who asks looks at it
 }
 
 // fresh is for how long an answer of the database is taken for the present: it may lose what it has not flushed, or be made
@@ -159,21 +163,34 @@ func (p *Positions) ask() {
 func (p *Positions) read(models []string) (map[seenAt]reached, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), connectTimeout)
 	defer cancel()
-	rows, err := p.pool.Query(ctx, "SELECT model, topics, partition, seqs, error <> '' FROM wharf_read.builds WHERE state = 'live' AND model = ANY($1)", models)
+	ids := "topic_ids"
+	if p.older {
+		ids = "'{}'::text[]"
+	}
+	rows, err := p.pool.Query(ctx, "SELECT model, topics, "+ids+", partition, seqs, error <> '' FROM wharf_read.builds WHERE state = 'live' AND model = ANY($1)", models)
+	now := map[seenAt]reached{}
+	if err == nil {
+		var b build
+		var at seenAt
+		var seqs []int64
+		var halted bool
+		_, err = pgx.ForEachRow(rows, []any{&at.model, &b.topics, &b.topicIDs, &at.partition, &seqs, &halted}, func() error {
+			for i, topic := range b.topics {
+				if at.topic = topic; b.isOther(i, p.TopicIDs) {
+					now[at] = reached{0, true}
+				} else {
+					now[at] = reached{seqs[i], halted}
+				}
+			}
+			return nil
+		})
+	}
+	if isCode(err, codeUndefinedColumn) && !p.older {
+		p.older = true
+		return p.read(models)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("read the positions: %w", err)
 	}
-	now := map[seenAt]reached{}
-	var at seenAt
-	var topics []string
-	var seqs []int64
-	var halted bool
-	_, err = pgx.ForEachRow(rows, []any{&at.model, &topics, &at.partition, &seqs, &halted}, func() error {
-		for i, topic := range topics {
-			at.topic = topic
-			now[at] = reached{seqs[i], halted}
-		}
-		return nil
-	})
-	return now, err
+	return now, nil
 }

@@ -92,7 +92,7 @@ func open(ctx context.Context, url, role string, adjust func(*pgxpool.Config)) (
 			return pool, nil
 		}
 		if retry.tries == 10 {
-			slog.Warn("the database does not answer, and is tried again", "err", err)
+			slog.Warn("the database cannot be opened, and is tried again", "err", err)
 		}
 		if !retry.sleep(ctx) {
 			pool.Close()

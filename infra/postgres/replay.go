@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -26,7 +27,11 @@ type ReplayOptions struct {
 	NoSwap bool // it is left beside the live one, to be looked at, for Config.Keep
 	Force  bool // it is swapped in although it differs from the live one
 	Lost   bool // it is made of what there is, although the live one has read beyond the end of the log
+
+	upgrade bool // only if the live one is of a lower version
 }
+
+var errUpgraded = errors.New("the live build is of this program's version already")
 
 // Phase is what a replay is doing.
 type Phase string
@@ -79,8 +84,8 @@ func (e *Engine) models(names []string) (models []projections.Model, err error) 
 
 // Replay builds the named read models anew, one after the other, beside the live builds, compares each with the live one
 // at one position, and swaps it in. Queries and live projection go on, and never see less than before. When it fails or
-// is killed, the live build stays as it is, and those that were swapped in before stay too. It needs no Run, and no Setup
-// beyond the one that made the live builds. progress is called by one goroutine at a time, though not always the same,
+// is killed, the live build stays as it is, and those that were swapped in before stay too. A live build of a newer program
+// is not replaced. It needs no Run, and no Setup beyond the one that made the live builds. progress is called by one goroutine at a time, though not always the same,
 // and has to be quick. The error is ErrReplaying when somebody else is building the read model, or a *DifferenceError.
 func (e *Engine) Replay(ctx context.Context, names []string, o ReplayOptions, progress func(Progress)) error {
 	models, err := e.models(names)
@@ -103,12 +108,19 @@ func (e *Engine) replay(ctx context.Context, m projections.Model, o ReplayOption
 	}
 	defer end(&err)
 	r.lost = o.Lost
+	old, _, err := r.livePositions(ctx, r.conn, "")
+	switch {
+	case err != nil:
+		return err
+	case o.upgrade && old.version >= m.Version:
+		return errUpgraded
+	case old.version > m.Version && !o.NoSwap:
+		return otherVersion(old.version, m)
+	}
 	if err := r.fill(ctx); err != nil {
 		return err
 	}
-	r.tell(PhaseIndexing)
-	err = pgx.BeginFunc(ctx, r.conn, func(tx pgx.Tx) error { return finish(ctx, tx, r.model, r.build) })
-	if err != nil {
+	if err := r.index(ctx); err != nil {
 		return err
 	}
 	c, err := r.compare(ctx)
@@ -140,6 +152,42 @@ func (e *Engine) replay(ctx context.Context, m projections.Model, o ReplayOption
 	return nil
 }
 
+// index makes the build's indexes. If one refuses a row, which live projection, where they are there before the rows, has parked,
+// the build is made once more in that way.
+func (r *replay) index(ctx context.Context) error {
+	r.tell(PhaseIndexing)
+	err := pgx.BeginFunc(ctx, r.conn, func(tx pgx.Tx) error { return finish(ctx, tx, r.model, r.build) })
+	if !isRefusal(err) {
+		return err
+	}
+	r.e.Logger.Warn("a row cannot be indexed: the build is made once more, with its indexes first", "model", r.model.Name, "err", err)
+	err = pgx.BeginFunc(ctx, r.conn, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, "TRUNCATE "+r.build.table()); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, "DELETE FROM wharf.parked WHERE build = $1", r.build.id); err != nil {
+			return err
+		}
+		_, err := tx.Exec(ctx, "UPDATE wharf.tasks SET offsets = array_fill(0, ARRAY[$2::int]), seqs = array_fill(0, ARRAY[$2::int]) WHERE build = $1",
+			r.build.id, len(r.build.topics))
+		if err != nil {
+			return err
+		}
+		return finish(ctx, tx, r.model, r.build)
+	})
+	if err == nil {
+		err = r.load(ctx)
+	}
+	if err == nil {
+		r.report.Done, r.report.Total, r.report.PartitionsDone = 0, 0, 0
+		err = r.fill(ctx)
+	}
+	if err == nil {
+		_, err = r.conn.Exec(ctx, "ANALYZE "+r.build.table())
+	}
+	return err
+}
+
 // Plan is what a replay of a read model would read and write.
 type Plan struct {
 	Model   string   `json:"name"`
@@ -161,7 +209,7 @@ func (e *Engine) Plan(ctx context.Context, names []string) (plans []Plan, err er
 		r := &replay{e: e, model: m}
 		old, until, err := r.livePositions(ctx, e.pool, "")
 		if err == nil {
-			err = r.ends(ctx, until, func(int64) bool { return true })
+			err = r.e.ends(ctx, r.model.Topics, until, func(int64) bool { return true })
 		}
 		p := Plan{Model: m.Name, Build: old.id, Version: old.version, Topics: m.Topics}
 		there := false
@@ -219,7 +267,10 @@ func (e *Engine) rollback(ctx context.Context, m projections.Model, progress fun
 		return fmt.Errorf("the previous build is of version %d, and this program has version %d: use the program that made it",
 			b.version, m.Version)
 	}
-	r.build = b
+	r.build, r.lost = b, true // what the live one has and the log has not cannot be had
+	if err := r.canComeBack(ctx); err != nil {
+		return err
+	}
 	// Or it may retire while it is brought up.
 	kept, err := r.conn.Exec(ctx, "UPDATE wharf.builds SET keep_until = greatest(keep_until, now() + make_interval(secs => $2)) WHERE id = $1 AND state = 'previous'",
 		r.build.id, e.Keep.Seconds())
@@ -241,12 +292,49 @@ func (e *Engine) rollback(ctx context.Context, m projections.Model, progress fun
 	return nil
 }
 
+// canComeBack is an error if the previous build is none to go back to.
+func (r *replay) canComeBack(ctx context.Context) error {
+	there, err := r.build.hasTable(ctx, r.conn)
+	if err == nil && !there {
+		err = fmt.Errorf("the table of the previous build %d is gone: build the read model anew (wharf replay)", r.build.id)
+	}
+	if err != nil {
+		return err
+	}
+	if err := r.e.ofThisLog(r.build); err != nil {
+		return fmt.Errorf("the previous %w", err)
+	}
+	old, _, err := r.livePositions(ctx, r.conn, "")
+	if err != nil {
+		return err
+	}
+	if ids := old.ids(); len(r.e.TopicIDs) == 0 { // there is no telling which of two logs is the one
+		for i := range r.build.topics {
+			if r.build.isOther(i, ids) {
+				return errors.New("the previous build was made of other topics than the live one, and Kafka is away, which knows the right ones")
+			}
+		}
+	}
+	rows, err := r.conn.Query(ctx, "SELECT format('partition %s: %s', partition, error) FROM wharf.tasks WHERE build = $1 AND error <> '' ORDER BY partition LIMIT 1", r.build.id)
+	if err != nil {
+		return err
+	}
+	halted, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err == nil && len(halted) > 0 {
+		err = fmt.Errorf("the previous build %d is halted: %s", r.build.id, halted[0])
+	}
+	return err
+}
+
 // open gives the replay connections of its own, because a swap holds up live tasks, which may have taken every
 // connection of the engine's.
 func (e *Engine) open(ctx context.Context, m projections.Model, progress func(Progress)) (*replay, func(), error) {
 	config := e.pool.Config()
 	config.MaxConns, config.MinConns, config.MinIdleConns = int32(e.Parallel)+3, 0, 0
 	config.ConnConfig.RuntimeParams["application_name"] = whoami
+	// A host that dies keeps no lock for long.
+	maps.Copy(config.ConnConfig.RuntimeParams, map[string]string{
+		"tcp_keepalives_idle": "15", "tcp_keepalives_interval": "5", "tcp_keepalives_count": "3"})
 	pool, err := pgxpool.NewWithConfig(ctx, config)
 	if err != nil {
 		return nil, nil, err
@@ -374,7 +462,7 @@ func (r *replay) fill(ctx context.Context) error {
 		err = r.within(ctx, until)
 	}
 	if err == nil {
-		err = r.ends(ctx, until, func(offset int64) bool { return offset < 0 })
+		err = r.e.ends(ctx, r.model.Topics, until, func(offset int64) bool { return offset < 0 })
 	}
 	if err != nil {
 		return err
@@ -445,7 +533,7 @@ func (r *replay) beyond(ctx context.Context, until [][]int64) (ends [][]int64, b
 			}
 		}
 	}
-	if err := r.ends(ctx, ends, func(offset int64) bool { return offset == ask }); err != nil {
+	if err := r.e.ends(ctx, r.model.Topics, ends, func(offset int64) bool { return offset == ask }); err != nil {
 		return nil, nil, err
 	}
 	for p := range until {
@@ -462,7 +550,7 @@ func (r *replay) beyond(ctx context.Context, until [][]int64) (ends [][]int64, b
 func (r *replay) readOn(ctx context.Context) error {
 	_, until, err := r.livePositions(ctx, r.conn, "")
 	if err == nil {
-		err = r.ends(ctx, until, func(int64) bool { return true })
+		err = r.e.ends(ctx, r.model.Topics, until, func(int64) bool { return true })
 	}
 	if err != nil {
 		return err
@@ -470,14 +558,14 @@ func (r *replay) readOn(ctx context.Context) error {
 	return r.advance(ctx, until)
 }
 
-// ends puts where the topics end in the place of the offsets that are to be replaced.
-func (r *replay) ends(ctx context.Context, offsets [][]int64, replace func(int64) bool) error {
+// ends puts where the topics end in the place of the offsets, by partition and topic, that are to be replaced.
+func (e *Engine) ends(ctx context.Context, topics []string, offsets [][]int64, replace func(int64) bool) error {
 	g, ctx := errgroup.WithContext(ctx)
 	for p := range offsets {
-		for i, topic := range r.model.Topics {
-			if replace(offsets[p][i]) {
+		for i, offset := range offsets[p] {
+			if replace(offset) {
 				g.Go(func() (err error) {
-					offsets[p][i], err = r.e.Source(topic).End(ctx, int32(p))
+					offsets[p][i], err = e.Source(topics[i]).End(ctx, int32(p))
 					return err
 				})
 			}
@@ -590,7 +678,7 @@ func (r *replay) keepAside(ctx context.Context) error {
 }
 
 // livePositions says where the live build's tasks are, in the new build's order of topics; -1 for a topic that it does
-// not listen to.
+// not listen to. That it has been in another topic, or nowhere, is an error unless what there is will do.
 func (r *replay) livePositions(ctx context.Context, tx querier, lock string) (old build, until [][]int64, err error) {
 	until = make([][]int64, r.e.Partitions)
 	for p := range until {
@@ -607,6 +695,9 @@ func (r *replay) livePositions(ctx context.Context, tx querier, lock string) (ol
 	if old.partitions != r.e.Partitions {
 		return old, nil, fmt.Errorf("the live build was made from %d partitions, and there are %d", old.partitions, r.e.Partitions)
 	}
+	if err := r.e.ofThisLog(old); err != nil && !r.lost {
+		return old, nil, err
+	}
 	rows, err := tx.Query(ctx, `SELECT t.partition, b.topics, t.offsets
 		FROM wharf.tasks t JOIN wharf.builds b ON b.id = t.build
 		WHERE b.id = $1 AND b.state = 'live' ORDER BY t.partition `+lock, old.id)
@@ -616,14 +707,26 @@ func (r *replay) livePositions(ctx context.Context, tx querier, lock string) (ol
 	var partition int32
 	var topics []string
 	var offsets []int64
-	_, err = pgx.ForEachRow(rows, []any{&partition, &topics, &offsets}, func() error {
+	tag, err := pgx.ForEachRow(rows, []any{&partition, &topics, &offsets}, func() error {
 		for i, topic := range topics {
-			if j := slices.Index(r.model.Topics, topic); j >= 0 {
+			if j := slices.Index(r.model.Topics, topic); j >= 0 && !old.isOther(i, r.e.TopicIDs) {
 				until[partition][j] = offsets[i]
 			}
 		}
 		return nil
 	})
+	if err == nil && tag.RowsAffected() == 0 {
+		if all, err = builds(ctx, tx, live); err != nil {
+			return old, nil, err
+		}
+		if now, found := of(all, r.model.Name); found && now.id != old.id { // swapped in between
+			return r.livePositions(ctx, tx, lock)
+		}
+	}
+	if err == nil && tag.RowsAffected() < int64(r.e.Partitions) && !r.lost {
+		err = fmt.Errorf("the live build has only %d rows in wharf.tasks for %d partitions: somebody has deleted the others; build it anew "+
+			"(wharf replay --force)", tag.RowsAffected(), r.e.Partitions)
+	}
 	return old, until, err
 }
 

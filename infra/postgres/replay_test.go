@@ -379,112 +379,6 @@ func TestASwapGivesWayToALongQuery(t *testing.T) {
 	}
 }
 
-// During a rolling update some partitions belong to programs of the old version and some to those of the new one, which can
-// only run their own builds' tasks: live rows are up to date all the same, before the swap and after it.
-func TestTheLiveBuildIsUpToDateDuringARollingUpdate(t *testing.T) {
-	older, newer := projections.Shipments, projections.Shipments
-	newer.Version++
-	with := func(m projections.Model) func(*Config) {
-		return func(c *Config) { c.Models = []projections.Model{m} }
-	}
-	s := newShop()
-	told := 0
-	more := func() {
-		for range 30 { // some in every partition
-			s.order(told, 1)
-			told++
-		}
-	}
-	more()
-	pool := openTest(t)
-	startIn(t, newEngine(t, pool, s, with(older)), 0, 1, 2, 3, 4, 5)
-	exec := func(sql string) {
-		t.Helper()
-		if _, err := pool.Exec(context.Background(), sql); err != nil {
-			t.Fatal(err)
-		}
-	}
-	// The new program cannot swap at first.
-	exec(`CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-		IF NEW.state = 'live' THEN RAISE EXCEPTION 'not yet'; END IF; RETURN NEW; END $$`)
-	exec("CREATE TRIGGER wait BEFORE UPDATE ON wharf.builds FOR EACH ROW EXECUTE FUNCTION wait()")
-	startIn(t, newEngine(t, openURL(t, pool.Config().ConnString()), s, with(newer)), 6, 7, 8, 9, 10, 11)
-	more()
-	s.caughtUp(t, pool)
-	exec("DROP FUNCTION wait CASCADE")
-	eventually(t, "the new version is live", func() bool {
-		return one[int](t, pool, "SELECT version FROM wharf.builds WHERE state = 'live'") == newer.Version
-	})
-	more()
-	s.caughtUp(t, pool)
-	if n := one[int](t, pool, "SELECT count(*) FROM wharf_read.shipments"); n != told {
-		t.Errorf("there are %d shipments of %d", n, told)
-	}
-}
-
-func TestANewVersionIsBuiltBesideTheOldOneAndSwappedIn(t *testing.T) {
-	type key struct {
-		Order string `db:"order_id text"`
-	}
-	type row1 struct {
-		Status string `db:"status text"`
-	}
-	type row2 struct {
-		Events int64  `db:"events bigint"`
-		Status string `db:"status varchar"`
-	}
-	keys := func(e projections.Event) []key { return []key{{e.Stream}} }
-	events := map[string]domain.Events{projections.ShippingTopic: shipping.Events}
-	v1 := projections.Define(projections.Spec[key, row1]{Name: "parcels", Version: 1, Events: events, Keys: keys,
-		Apply: func(_ key, r row1, e projections.Event) row1 { return row1{e.Name} }})
-	v2 := projections.Define(projections.Spec[key, row2]{Name: "parcels", Version: 2, Events: events, Keys: keys,
-		Apply: func(_ key, r row2, e projections.Event) row2 { return row2{r.Events + 1, e.Name} }})
-
-	s := newShop()
-	for i := range 30 {
-		s.order(i, 1)
-	}
-	pool := openTest(t)
-	with := func(m projections.Model) func(*Config) {
-		return func(c *Config) { c.Models = []projections.Model{m} }
-	}
-	older := newEngine(t, pool, s, with(v1))
-	start(t, older)
-	s.caughtUp(t, pool)
-	if n := one[int64](t, pool, "SELECT count(*) FROM wharf_read.parcels"); n != 30 {
-		t.Fatalf("there are %d parcels", n)
-	}
-	// The new program comes while the old one runs; of the new ones two at once.
-	newer := newEngine(t, openURL(t, pool.Config().ConnString()), s, with(v2))
-	start(t, newer)
-	start(t, newEngine(t, openURL(t, pool.Config().ConnString()), s, with(v2)))
-	version := "SELECT version FROM wharf.builds WHERE model = 'parcels' AND state = 'live'"
-	eventually(t, "the new version is live", func() bool { return one[int64](t, pool, version) == 2 })
-	for i := 30; i < 40; i++ {
-		s.order(i, 1)
-	}
-	s.caughtUp(t, pool)
-	if n := one[int64](t, pool, "SELECT sum(events)::bigint FROM wharf_read.parcels"); n != 3*40 {
-		t.Errorf("%d events in the new version, want %d", n, 3*40)
-	}
-	// The old program, started again, leaves the newer build alone.
-	old := newEngine(t, openURL(t, pool.Config().ConnString()), s, with(v1))
-	if err := old.look(context.Background()); err != nil {
-		t.Fatal(err)
-	}
-	ended, cancel := context.WithCancel(context.Background())
-	cancel()
-	if b := old.current(ended, v1, live); b != nil {
-		t.Errorf("it would run on build %d of version %d", b.id, b.version)
-	}
-	start(t, old)
-	s.order(40, 1)
-	s.caughtUp(t, pool)
-	if v, n := one[int64](t, pool, version), one[int64](t, pool, "SELECT count(*) FROM wharf.builds WHERE version = 1 AND state NOT IN ('retired', 'previous')"); v != 2 || n != 0 {
-		t.Errorf("version %d is live, and there are %d of version 1", v, n)
-	}
-}
-
 func TestPositionsAreShownForEveryBuild(t *testing.T) {
 	s := newShop()
 	s.order(1, 3)
@@ -538,6 +432,8 @@ func TestPositionsAreShownForEveryBuild(t *testing.T) {
 // testLags is projections.Lags on the topics in memory.
 type testLags struct{ s *shop }
 
+func (l testLags) TopicIDs() map[string]string { return nil }
+
 func (l testLags) Ends(ctx context.Context, topics []string) (map[string]map[int32]int64, error) {
 	ends := map[string]map[int32]int64{}
 	for _, t := range topics {
@@ -590,7 +486,7 @@ func TestALockOnOneReadModelHoldsUpNoOther(t *testing.T) {
 		s.order(i, 1)
 	}
 	eventually(t, "those of sales wait", func() bool {
-		return one[int](t, pool, `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`) >= writers
+		return one[int](t, pool, `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`) >= liveWriters
 	})
 	at := s.tell("MUG", inventory.Received{Quantity: 1})
 	if err := NewPositions(pool).Wait(ctx, "stock", at, 20*time.Second); err != nil {
@@ -938,5 +834,38 @@ func TestARollbackKeepsItsBuild(t *testing.T) {
 	})
 	if err != nil {
 		t.Error(err)
+	}
+}
+
+// Who locks the previous build holds up the live one as little as who locks another read model.
+func TestALockOnThePreviousBuildHoldsUpNoOther(t *testing.T) {
+	s := newShop()
+	s.stock(40)
+	pool := openTest(t)
+	e := newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{projections.Stock} })
+	start(t, e)
+	s.caughtUp(t, pool)
+	old := liveOf(t, e, "stock")
+	if err := e.Replay(t.Context(), []string{"stock"}, ReplayOptions{}, func(Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	tx, err := pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tx.Rollback(context.Background()) }()
+	if _, err := tx.Exec(t.Context(), "LOCK TABLE "+old.table()+" IN SHARE MODE"); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		var last []domain.Position
+		for i := range 40 {
+			last = append(last, s.tell(fmt.Sprintf("SKU%d", i), inventory.Received{Quantity: 1}))
+		}
+		for _, at := range last {
+			if err := NewPositions(pool).Wait(t.Context(), "stock", at, 20*time.Second); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
 }

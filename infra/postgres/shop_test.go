@@ -145,11 +145,17 @@ func newEngine(t testing.TB, pool *pgxpool.Pool, s *shop, change ...func(*Config
 func (s *shop) projected(t testing.TB, change ...func(*Config)) (*pgxpool.Pool, *Engine) {
 	t.Helper()
 	pool := openTest(t)
+	return pool, s.projectedBy(t, pool, change...)
+}
+
+// projectedBy has such an engine bring the database there.
+func (s *shop) projectedBy(t testing.TB, pool *pgxpool.Pool, change ...func(*Config)) *Engine {
+	t.Helper()
 	e := newEngine(t, pool, s, change...)
 	stop := start(t, e)
 	s.caughtUp(t, pool)
 	stop()
-	return pool, e
+	return e
 }
 
 // start runs the engine in all partitions, until stop is called or the test ends.

@@ -89,6 +89,9 @@ func (e *Engine) load(
 	if err := t.reload(ctx); err != nil {
 		return t, fmt.Errorf("find the position of %s in partition %d: %w", m.Name, partition, err)
 	}
+	if err := e.ofThisLog(b); err != nil {
+		return t, &haltError{err}
+	}
 	if !slices.Equal(m.Topics, b.topics) {
 		return t, haltf("the build was made from the topics %v, and version %d of %s is made from %v: "+
 			"its version must be raised", b.topics, m.Version, m.Name, m.Topics)
@@ -704,12 +707,16 @@ func (t *task) flush(ctx context.Context) error {
 // refusals are the classes of errors that are the row's own: of data, of constraints, of what a program may ask for.
 var refusals = []string{"22", "23", "54"}
 
+// isRefusal says that Postgres does not take a row.
+func isRefusal(err error) bool {
+	var pg *pgconn.PgError
+	return errors.As(err, &pg) && slices.Contains(refusals, pg.Code[:min(2, len(pg.Code))])
+}
+
 // failed says what an error of a transaction that wrote rows means.
 func (t *task) failed(err error) error {
-	var pg *pgconn.PgError
-	refused := errors.As(err, &pg) && slices.Contains(refusals, pg.Code[:min(2, len(pg.Code))])
 	// A value that does not even fit the column's type is found by pgx, which has no type for that error.
-	if refused || strings.Contains(err.Error(), "failed to encode args[") || strings.Contains(err.Error(), "unable to encode ") {
+	if isRefusal(err) || strings.Contains(err.Error(), "failed to encode args[") || strings.Contains(err.Error(), "unable to encode ") {
 		return &refusedError{fmt.Errorf("%s cannot hold a row: %w", t.build.table(), err)}
 	}
 	return fmt.Errorf("write rows of %s: %w", t.model.Name, err)

@@ -6,15 +6,18 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
-// writers is how many tasks of a read model read and write rows at a time: so an event of a quiet shop is seen at once,
-// and a busy shop has few, large transactions.
-const writers = 2
+// How many tasks of a build read and write rows at a time: so an event of a quiet shop is seen at once, and a busy shop has few,
+// large transactions. Nobody waits for the previous build.
+const (
+	liveWriters     = 2
+	previousWriters = 1
+)
 
-// turns are those of one read model's tasks at its rows. They are given in the order in which they were asked for. Each
-// read model has its own: one whose rows are locked holds up no other.
+// turns are those of one build's tasks at its rows. They are given in the order in which they were asked for. Each live build, and
+// each previous one, has its own: one whose rows are locked holds up no other.
 type turns struct{ *semaphore.Weighted }
 
-func newTurns() *turns { return &turns{semaphore.NewWeighted(writers)} }
+func newTurns(writers int64) *turns { return &turns{semaphore.NewWeighted(writers)} }
 
 // turn is one that was asked for.
 type turn struct {

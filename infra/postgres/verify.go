@@ -57,6 +57,7 @@ type Comparison struct {
 	Parked    int64        `json:"parked"`           // events that wait in the live build; rows that are stale are not compared
 	Discarded int64        `json:"discarded"`        // events that an operator gave up
 	Unapplied int64        `json:"unapplied"`        // events that the live build has applied, and this program could not
+	Unread    string       `json:"unread,omitempty"` // why queries do not read the live build, if they do not
 }
 
 // Difference is a row that is not the same in both builds.
@@ -132,11 +133,15 @@ func (c *Comparison) String() string {
 	if c.Unapplied > 0 {
 		text += fmt.Sprintf("; %d events that the live build has applied cannot be applied by this program, or wait for one that cannot", c.Unapplied)
 	}
+	unread := ""
+	if c.Unread != "" {
+		unread = "; but queries do not read them: " + c.Unread
+	}
 	if c.Same() {
-		return text + ": the live rows equal the fold of the log"
+		return text + ": the live rows equal the fold of the log" + unread
 	}
 	text += fmt.Sprintf(": rows that differ: %d (only in the live build: %d, only in the fold: %d, in both but not the same: %d)",
-		c.Differences(), c.OnlyLive, c.OnlyFold, c.Differing)
+		c.Differences(), c.OnlyLive, c.OnlyFold, c.Differing) + unread
 	for _, d := range c.First {
 		text += "\n  " + d.String()
 	}
@@ -158,21 +163,26 @@ func (e *DifferenceError) Error() string {
 const firstDifferences = 10
 
 // Verify compares the live build of each named read model with a fold of the log from its start to the same position,
-// and tells each result. Live projection goes on, but for the moment in which both are brought to one position. The fold
+// and tells each result; the error says which could not be compared, and why. Live projection goes on, but for the moment in which both are brought to one position. The fold
 // is a build of its own in the database, which is dropped after that, so memory is bounded whatever the log's length.
 func (e *Engine) Verify(ctx context.Context, names []string, progress func(Progress), result func(Comparison)) error {
 	models, err := e.models(names)
 	if err != nil {
 		return err
 	}
+	var errs []error
 	for _, m := range models {
 		c, err := e.verify(ctx, m, 0, progress)
-		if err != nil {
-			return fmt.Errorf("verify %s: %w", m.Name, err)
+		if err == nil {
+			result(c)
+			continue
 		}
-		result(c)
+		errs = append(errs, fmt.Errorf("verify %s: %w", m.Name, err))
+		if ctx.Err() != nil || !e.Answers(ctx) { // or else what is wrong with one is not wrong with the others
+			break
+		}
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // verify is one model's; pace is how many events a second are read at most, if not 0.
@@ -374,8 +384,16 @@ func compare(ctx context.Context, tx pgx.Tx, m projections.Model, old, fresh bui
 		return c, err
 	}
 	if !there {
-		c.OnlyFold = c.Rows
+		c.OnlyFold, c.Unread = c.Rows, "somebody has dropped its table"
 		return c, nil
+	}
+	var shown bool
+	if err := tx.QueryRow(ctx, `SELECT EXISTS (SELECT FROM pg_rewrite r JOIN pg_depend d ON d.objid = r.oid
+		WHERE r.ev_class = to_regclass($1) AND d.refobjid = to_regclass($2))`, viewOf(m.Name), old.table()).Scan(&shown); err != nil {
+		return c, err
+	}
+	if !shown {
+		c.Unread = "somebody has dropped the view " + viewOf(m.Name) + ", or made it anew; a replay mends it"
 	}
 	// Columns that only one of them has (of another version) are not compared.
 	shared, err := sharedColumns(ctx, tx, m, old, fresh)
@@ -384,7 +402,8 @@ func compare(ctx context.Context, tx pgx.Tx, m projections.Model, old, fresh bui
 	}
 	key := m.Columns[:m.Keys]
 	if len(shared) < len(key) || !slices.Equal(shared[:len(key)], key) {
-		return c, nil // another key: there is nothing to compare by
+		c.OnlyFold = c.Rows // another key: no row is in both
+		return c, tx.QueryRow(ctx, "SELECT count(*) FROM "+old.table()).Scan(&c.OnlyLive)
 	}
 	var equal, which []string
 	for _, column := range shared[len(key):] {
@@ -443,7 +462,7 @@ func compared(table string, c projections.Column) string {
 func waiting(m projections.Model, old build) string {
 	waits := "k.partition = coalesce(l.partition, f.partition)"
 	if m.Stream != "" {
-		waits = fmt.Sprintf("k.keys @> ARRAY[coalesce(l.%[1]s, f.%[1]s)::text]", quote(m.Stream))
+		waits = "k.keys @> ARRAY[" + shortSQL(fmt.Sprintf("coalesce(l.%[1]s, f.%[1]s)::text", quote(m.Stream))) + "]"
 	}
 	return fmt.Sprintf("EXISTS (SELECT FROM wharf.parked k WHERE k.build = %d AND %s)", old.id, waits)
 }

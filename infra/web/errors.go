@@ -108,13 +108,15 @@ func problemOf(err error) *Problem {
 	return newProblem(http.StatusInternalServerError, "internal")
 }
 
-// unreachable says that a database (or whatever is asked over a network) is away, starting, stopping or full: that is no
-// fault of the request's, which may be made again.
+// unreachable says that a database (or whatever is asked over a network) is away, starting, stopping, full or changing: that is
+// no fault of the request's, which may be made again.
 func unreachable(err error) bool {
 	var pg *pgconn.PgError
 	if errors.As(err, &pg) {
 		class := pg.Code[:min(2, len(pg.Code))]
-		return class == "08" || class == "53" || class == "57" // connection, resources, operator
+		// Connection, resources, operator; and a statement that was prepared before the read model's columns changed, which is
+		// prepared anew.
+		return class == "08" || class == "53" || class == "57" || pg.Code == "0A000"
 	}
 	var connect *pgconn.ConnectError
 	var network net.Error

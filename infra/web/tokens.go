@@ -4,7 +4,10 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/base64"
+	"maps"
 	"net/http"
+	"slices"
+	"strings"
 
 	"github.com/danielgtaylor/huma/v2"
 )
@@ -16,6 +19,15 @@ const tokenHeader = "Consistency-Token"
 // a position is a token: opaque, and checked when it comes back. It keeps no secret: all that a made-up one can do is to
 // make its query wait.
 type Installation string
+
+// InstallationOf is the one whose topics have these ids.
+func InstallationOf(topicIDs map[string]string) Installation {
+	var name []string
+	for _, topic := range slices.Sorted(maps.Keys(topicIDs)) {
+		name = append(name, topic+"="+topicIDs[topic])
+	}
+	return Installation(strings.Join(name, ","))
+}
 
 const tagBytes = 6
 

@@ -1,0 +1,178 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"testing"
+
+	"wharf/domain"
+	"wharf/domain/inventory"
+	"wharf/domain/shipping"
+	"wharf/projections"
+)
+
+// During a rolling update some partitions belong to programs of the old version and some to those of the new one, which can
+// only run their own builds' tasks: live rows are up to date all the same, before the swap and after it.
+func TestTheLiveBuildIsUpToDateDuringARollingUpdate(t *testing.T) {
+	older, newer := projections.Shipments, projections.Shipments
+	newer.Version++
+	with := func(m projections.Model) func(*Config) {
+		return func(c *Config) { c.Models = []projections.Model{m} }
+	}
+	s := newShop()
+	told := 0
+	more := func() {
+		for range 30 { // some in every partition
+			s.order(told, 1)
+			told++
+		}
+	}
+	more()
+	pool := openTest(t)
+	e1 := newEngine(t, pool, s, with(older))
+	startIn(t, e1, 0, 1, 2, 3, 4, 5)
+	// Somebody replays the old version, so that there is no build of the new one.
+	_, end, err := e1.begin(t.Context(), older, func(Progress) {}, forReplay)
+	if err != nil {
+		t.Fatal(err)
+	}
+	exec := func(sql string) {
+		t.Helper()
+		if _, err := pool.Exec(context.Background(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The new program cannot swap at first.
+	exec(`CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+		IF NEW.state = 'live' THEN RAISE EXCEPTION 'not yet'; END IF; RETURN NEW; END $$`)
+	exec("CREATE TRIGGER wait BEFORE UPDATE ON wharf.builds FOR EACH ROW EXECUTE FUNCTION wait()")
+	e2 := newEngine(t, openURL(t, pool.Config().ConnString()), s, with(newer))
+	startIn(t, e2, 6, 7, 8, 9, 10, 11)
+	more()
+	s.caughtUp(t, pool)
+	err = errors.New("it is given up")
+	end(&err)
+	more()
+	s.caughtUp(t, pool)
+	exec("DROP FUNCTION wait CASCADE")
+	eventually(t, "the new version is live", func() bool {
+		return one[int](t, pool, "SELECT version FROM wharf.builds WHERE state = 'live'") == newer.Version
+	})
+	more()
+	s.caughtUp(t, pool)
+	// Now there is no build of the old version any more.
+	if err := e2.Replay(t.Context(), []string{"shipments"}, ReplayOptions{}, func(Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	more()
+	s.caughtUp(t, pool)
+	if n := one[int](t, pool, "SELECT count(*) FROM wharf_read.shipments"); n != told {
+		t.Errorf("there are %d shipments of %d", n, told)
+	}
+}
+
+func TestANewVersionIsBuiltBesideTheOldOneAndSwappedIn(t *testing.T) {
+	type key struct {
+		Order string `db:"order_id text"`
+	}
+	type row1 struct {
+		Status string `db:"status text"`
+	}
+	type row2 struct {
+		Events int64  `db:"events bigint"`
+		Status string `db:"status varchar"`
+	}
+	keys := func(e projections.Event) []key { return []key{{e.Stream}} }
+	events := map[string]domain.Events{projections.ShippingTopic: shipping.Events}
+	v1 := projections.Define(projections.Spec[key, row1]{Name: "parcels", Version: 1, Events: events, Keys: keys,
+		Apply: func(_ key, r row1, e projections.Event) row1 { return row1{e.Name} }})
+	v2 := projections.Define(projections.Spec[key, row2]{Name: "parcels", Version: 2, Events: events, Keys: keys,
+		Apply: func(_ key, r row2, e projections.Event) row2 { return row2{r.Events + 1, e.Name} }})
+
+	s := newShop()
+	for i := range 30 {
+		s.order(i, 1)
+	}
+	pool := openTest(t)
+	with := func(m projections.Model) func(*Config) {
+		return func(c *Config) { c.Models = []projections.Model{m} }
+	}
+	older := newEngine(t, pool, s, with(v1))
+	start(t, older)
+	s.caughtUp(t, pool)
+	if n := one[int64](t, pool, "SELECT count(*) FROM wharf_read.parcels"); n != 30 {
+		t.Fatalf("there are %d parcels", n)
+	}
+	// The new program comes while the old one runs; of the new ones two at once.
+	newer := newEngine(t, openURL(t, pool.Config().ConnString()), s, with(v2))
+	start(t, newer)
+	start(t, newEngine(t, openURL(t, pool.Config().ConnString()), s, with(v2)))
+	version := "SELECT version FROM wharf.builds WHERE model = 'parcels' AND state = 'live'"
+	eventually(t, "the new version is live", func() bool { return one[int64](t, pool, version) == 2 })
+	for i := 30; i < 40; i++ {
+		s.order(i, 1)
+	}
+	s.caughtUp(t, pool)
+	if n := one[int64](t, pool, "SELECT sum(events)::bigint FROM wharf_read.parcels"); n != 3*40 {
+		t.Errorf("%d events in the new version, want %d", n, 3*40)
+	}
+	// The old program, started again, leaves the newer build alone.
+	old := newEngine(t, openURL(t, pool.Config().ConnString()), s, with(v1))
+	if err := old.look(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	ended, cancel := context.WithCancel(context.Background())
+	cancel()
+	if b := old.current(ended, v1, live); b != nil {
+		t.Errorf("it would run on build %d of version %d", b.id, b.version)
+	}
+	start(t, old)
+	s.order(40, 1)
+	s.caughtUp(t, pool)
+	if v, n := one[int64](t, pool, version), one[int64](t, pool, "SELECT count(*) FROM wharf.builds WHERE version = 1 AND state NOT IN ('retired', 'previous')"); v != 2 || n != 0 {
+		t.Errorf("version %d is live, and there are %d of version 1", v, n)
+	}
+	// Nor does it replace it, and a program that comes too late builds nothing.
+	for _, force := range []bool{false, true} {
+		if err := old.Replay(t.Context(), []string{"parcels"}, ReplayOptions{Force: force}, func(Progress) {}); !errors.Is(err, errOtherVersion) {
+			t.Errorf("a replay of the old version says %v", err)
+		}
+	}
+	if err := newer.replay(t.Context(), v2, ReplayOptions{Force: true, upgrade: true}, func(Progress) {}); !errors.Is(err, errUpgraded) {
+		t.Errorf("an upgrade that comes too late says %v", err)
+	}
+	if v := one[int64](t, pool, "SELECT version FROM wharf.builds WHERE state = 'previous'"); v != 1 {
+		t.Errorf("version %d can be rolled back to", v)
+	}
+}
+
+// A new version with another key has no row in common with the one before: it is not taken for the same.
+func TestAnotherKeyIsAnotherReadModel(t *testing.T) {
+	type bySKU struct {
+		SKU string `db:"sku text"`
+	}
+	type byItem struct {
+		Item string `db:"item text"`
+	}
+	type row struct {
+		Events int64 `db:"events bigint"`
+	}
+	events := map[string]domain.Events{projections.InventoryTopic: inventory.Events}
+	v1 := projections.Define(projections.Spec[bySKU, row]{Name: "counts", Version: 1, Events: events,
+		Keys:  func(e projections.Event) []bySKU { return []bySKU{{e.Stream}} },
+		Apply: func(_ bySKU, r row, _ projections.Event) row { return row{r.Events + 1} }})
+	v2 := projections.Define(projections.Spec[byItem, row]{Name: "counts", Version: 2, Events: events,
+		Keys:  func(e projections.Event) []byItem { return []byItem{{e.Stream}} },
+		Apply: func(_ byItem, r row, _ projections.Event) row { return row{r.Events + 1} }})
+	s := newShop()
+	s.stock(20)
+	pool, _ := s.projected(t, func(c *Config) { c.Models = []projections.Model{v1} })
+	newer := newEngine(t, openURL(t, pool.Config().ConnString()), s, func(c *Config) { c.Models = []projections.Model{v2} })
+	var difference *DifferenceError
+	if err := newer.Replay(t.Context(), []string{"counts"}, ReplayOptions{}, func(Progress) {}); !errors.As(err, &difference) {
+		t.Fatal(err)
+	}
+	if c := difference.Comparison; c.OnlyLive != 20 || c.OnlyFold != 20 {
+		t.Errorf("%d rows are only in the live build, %d in the new one", c.OnlyLive, c.OnlyFold)
+	}
+}
