@@ -75,7 +75,8 @@ type BuildStatus struct {
 	Previous *PreviousBuild `json:"previous,omitempty" doc:"The build that was live before, as long as a rollback to it is possible."`
 
 	keepUntil *time.Time
-	gone      bool // its view
+	gone      bool   // its view
+	halted    string // why, in the last of the partitions of Error
 }
 
 // Verified is what a comparison of a build's rows with the fold of the log has found.
@@ -244,15 +245,15 @@ func (b *BuildStatus) countMissing(ps []place, ends map[string]map[int32]int64) 
 
 // halt says why the build does not go on in the partition, once if it is the same as in the one before.
 func (b *BuildStatus) halt(partition int32, why string) {
-	why = ": " + why
-	switch before, same := strings.CutSuffix(b.Error, why); {
-	case same:
-		b.Error = fmt.Sprintf("%s, %d%s", before, partition, why)
+	switch {
+	case b.halted == why:
+		b.Error = fmt.Sprintf("%s, %d: %s", strings.TrimSuffix(b.Error, ": "+why), partition, why)
 	case b.Error != "":
-		b.Error += fmt.Sprintf("; partition %d%s", partition, why)
+		b.Error += fmt.Sprintf("; partition %d: %s", partition, why)
 	default:
-		b.Error = fmt.Sprintf("partition %d%s", partition, why)
+		b.Error = fmt.Sprintf("partition %d: %s", partition, why)
 	}
+	b.halted = why
 	if b.State == StateLive {
 		b.State = StateHalted
 	}
@@ -319,6 +320,14 @@ func (s *Status) readBuilds(ctx context.Context, db DB, ids map[string]string) (
 			}
 			item.Position[topic] += seqs[i]
 			places[last] = append(places[last], place{topic, partition, offsets[i]})
+		}
+	}
+	for _, m := range All {
+		live := func(b BuildStatus) bool { return b.Name == m.Name && (b.State == StateLive || b.State == StateHalted) }
+		if rows.Err() == nil && !slices.ContainsFunc(s.Items, live) {
+			s.Items = append(s.Items, BuildStatus{Name: m.Name, Version: m.Version, State: StateHalted, Position: map[string]int64{}, gone: true,
+				Error: "there is no live build, or its rows of wharf.tasks are gone: start a projector anew, or build it anew (wharf replay --force)"})
+			places = append(places, nil)
 		}
 	}
 	return places, rows.Err()

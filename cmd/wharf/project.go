@@ -10,6 +10,7 @@ import (
 
 	"wharf/infra/journal"
 	"wharf/infra/postgres"
+	"wharf/projections"
 )
 
 type projectCmd struct {
@@ -43,7 +44,11 @@ func (c *projectCmd) Run(ctx context.Context) error {
 		return err
 	}
 	defer client.Close()
-	givenUp, err := c.givenUp(ctx)
+	ids, err := client.TopicIDs(ctx, projections.Topics)
+	if err != nil {
+		return err
+	}
+	givenUp, err := c.givenUp(ctx, ids)
 	if err != nil && named {
 		return err
 	}
@@ -64,7 +69,7 @@ func (c *projectCmd) Run(ctx context.Context) error {
 
 // givenUp asks the database for the events that nobody is to apply. Without it, or while it is away, a row can be folded
 // all the same.
-func (c *projectCmd) givenUp(ctx context.Context) ([]postgres.Discarded, error) {
+func (c *projectCmd) givenUp(ctx context.Context, ids map[string]string) ([]postgres.Discarded, error) {
 	if c.DatabaseURL == "" {
 		return nil, errors.New("no --database-url")
 	}
@@ -75,7 +80,7 @@ func (c *projectCmd) givenUp(ctx context.Context) ([]postgres.Discarded, error) 
 		return nil, err
 	}
 	defer pool.Close()
-	return postgres.New(pool, postgres.Config{}).DiscardedEvents(ctx, c.Model)
+	return postgres.New(pool, postgres.Config{TopicIDs: ids}).DiscardedEvents(ctx, c.Model)
 }
 
 func (c *projectCmd) print(s postgres.Snapshot) error {

@@ -170,11 +170,12 @@ func (e *Engine) create(ctx context.Context, tx pgx.Tx, m projections.Model, pur
 
 // idsOf is the ids of the topics, if they are known.
 func (e *Engine) idsOf(topics []string) []string {
-	ids := []string{}
-	for _, topic := range topics {
-		if len(e.TopicIDs) > 0 {
-			ids = append(ids, e.TopicIDs[topic])
-		}
+	ids := make([]string, len(topics))
+	for i, topic := range topics {
+		ids[i] = e.TopicIDs[topic]
+	}
+	if slices.Equal(ids, make([]string, len(topics))) {
+		return []string{}
 	}
 	return ids
 }
@@ -204,7 +205,7 @@ func (e *Engine) ofThisLog(b build) error {
 	for i, topic := range b.topics {
 		if b.isOther(i, e.TopicIDs) {
 			return fmt.Errorf("build %d was made of another topic %s than there is now (id %s, and now %s): %w. Use the right one, restore it, or "+
-				"build of what there is (wharf replay --force)", b.id, topic, b.topicIDs[i], e.TopicIDs[topic], errOtherLog)
+				"build of what there is (wharf replay --force) and start again whatever was started before", b.id, topic, b.topicIDs[i], e.TopicIDs[topic], errOtherLog)
 		}
 	}
 	return nil

@@ -56,7 +56,7 @@ type Engine struct {
 	mu      sync.Mutex
 	kept    map[role]*keptBuild
 	changed chan struct{}        // closed, and made anew, when kept changes
-	warned  map[string]time.Time // when somebody was last told of a task that fails, by model
+	warned  map[string]time.Time // when somebody was last told of it, by what they were told of
 	mine    map[int32]int        // the partitions that run here; for a moment, one may run twice
 }
 
@@ -131,7 +131,7 @@ func (e *Engine) Check(ctx context.Context) error {
 	}
 	var there bool
 	if err := e.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM pg_attribute
-		WHERE attrelid = to_regclass('wharf.builds') AND attname = 'differences')`).Scan(&there); err != nil {
+		WHERE attrelid = to_regclass('wharf.builds') AND attname = 'topic_ids')`).Scan(&there); err != nil {
 		return fmt.Errorf("look at the database: %w", err)
 	}
 	if !there {
@@ -260,11 +260,43 @@ func (e *Engine) previousOf(ctx context.Context, tx pgx.Tx, m projections.Model)
 		return b, false, err
 	}
 	b, found := of(all, m.Name)
-	if !found || b.version != m.Version || e.ofThisLog(b) != nil {
+	if !found || b.version != m.Version {
 		return b, false, nil
 	}
-	whole, err = b.hasTable(ctx, tx)
-	return b, whole, err
+	wrong, err := e.whatIsWrong(ctx, tx, b)
+	return b, wrong == nil, err
+}
+
+// whatIsWrong says why queries should not read the build, if so.
+func (e *Engine) whatIsWrong(ctx context.Context, db querier, b build) (wrong, err error) {
+	there, err := b.hasTable(ctx, db)
+	if err != nil {
+		return nil, err
+	}
+	rows, err := db.Query(ctx, "SELECT partition, error FROM wharf.tasks WHERE build = $1 ORDER BY partition", b.id)
+	if err != nil {
+		return nil, err
+	}
+	var halted error
+	var partition int32
+	var why string
+	tasks, err := pgx.ForEachRow(rows, []any{&partition, &why}, func() error {
+		if why != "" && halted == nil {
+			halted = fmt.Errorf("build %d is halted: partition %d: %s", b.id, partition, why)
+		}
+		return nil
+	})
+	switch {
+	case err != nil:
+		return nil, err
+	case !there:
+		return fmt.Errorf("the table of build %d is gone", b.id), nil
+	case tasks.RowsAffected() < int64(b.partitions):
+		return fmt.Errorf("build %d has only %d rows in wharf.tasks for %d partitions", b.id, tasks.RowsAffected(), b.partitions), nil
+	case halted != nil:
+		return halted, nil
+	}
+	return e.ofThisLog(b), nil
 }
 
 // unlock gives a session's advisory lock back, even when ctx has ended; a connection that cannot is closed, which does.
@@ -415,7 +447,7 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 		case whileKept.Err() != nil: // swapped, or the end
 			retry = backoff{}
 		case errors.As(err, &halt):
-			if !errors.Is(err, errOtherLog) || e.mayWarn(m.Name) { // which all tasks are told
+			if !errors.Is(err, errOtherLog) || e.mayWarn(fmt.Sprint("another log, build ", b.id)) { // which all tasks are told
 				log.Error("a projection halts: it does not go on without help", "build", b.id, "err", err)
 			}
 			e.awaitRepair(whileKept, b.build, partition, t.epoch, err, log)
@@ -443,12 +475,12 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 
 // mayWarn is true once in a while: when the database is away all tasks of a model fail, and one that says so will do. What each of
 // them met is in wharf.tasks.
-func (e *Engine) mayWarn(model string) bool {
+func (e *Engine) mayWarn(of string) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	may := time.Since(e.warned[model]) > time.Second
+	may := time.Since(e.warned[of]) > time.Second
 	if may {
-		e.warned[model] = time.Now()
+		e.warned[of] = time.Now()
 	}
 	return may
 }
@@ -551,30 +583,34 @@ func (e *Engine) upgrade(ctx context.Context) {
 // version then, who cannot run these tasks. A task that does not move although there is more to read is brought on from
 // here; should its owner be able to run it after all, one of the two finds that its position has moved.
 func (e *Engine) help(ctx context.Context) {
-	seen := map[int64]map[int32]standing{} // by build and partition
-	for pause(ctx, helpEvery*e.Poll) {
-		now := map[int64]map[int32]standing{}
-		for _, m := range e.Models {
-			e.mu.Lock()
-			b := e.kept[role{m.Name, live}]
-			e.mu.Unlock()
-			if b == nil || b.version != m.Version {
-				continue
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for _, m := range e.Models {
+		wg.Go(func() {
+			var seen map[int32]standing // by partition
+			for pause(ctx, helpEvery*e.Poll) {
+				e.mu.Lock()
+				b := e.kept[role{m.Name, live}]
+				e.mu.Unlock()
+				if b == nil || b.version != m.Version {
+					seen = nil
+					continue
+				}
+				others, patience, err := e.othersTasks(ctx, b.build, seen)
+				if seen = others; err == nil {
+					err = e.bring(b.ctx, ctx, m, b.build, others, patience)
+				}
+				if err != nil && ctx.Err() == nil && b.ctx.Err() == nil {
+					e.Logger.Debug("cannot help with a read model", "model", m.Name, "err", err)
+				}
 			}
-			others, patience, err := e.othersTasks(ctx, b.build, seen[b.id])
-			if now[b.id] = others; err == nil {
-				err = e.bring(b.ctx, ctx, m, b.build, others, patience)
-			}
-			if err != nil && ctx.Err() == nil && b.ctx.Err() == nil {
-				e.Logger.Debug("cannot help with a read model", "model", m.Name, "err", err)
-			}
-		}
-		seen = now
+		})
 	}
 }
 
 // How often others are looked at, and how long a task may stand still until it is helped: while there is a build of another
-// version, which says that programs of two share the partitions, and else, when it may only be slow. In Config.Poll.
+// version, which says that programs of two share the partitions, and else, when it may only be slow. In Config.Poll. What it costs is
+// a question to every leader twice a second for each read model, where other projectors are.
 const (
 	helpEvery         = 2
 	patienceAtTwo     = 2
@@ -602,8 +638,7 @@ func (e *Engine) othersTasks(ctx context.Context, b build, before map[int32]stan
 		return nil, 0, err
 	}
 	others = map[int32]standing{}
-	ends := make([][]int64, b.partitions)
-	const ask = -1
+	asked := map[int32][]int64{}
 	patience = patienceOtherwise * e.Poll
 	var p int32
 	var offsets []int64
@@ -619,14 +654,22 @@ func (e *Engine) othersTasks(ctx context.Context, b build, before map[int32]stan
 		}
 		others[p] = before[p]
 		if at := (position{offsets: offsets}); !slices.Equal(before[p].offsets, offsets) || at.passed(before[p].ends) {
-			ends[p] = slices.Repeat([]int64{ask}, len(offsets))
-			others[p] = standing{slices.Clone(offsets), ends[p], time.Now()}
+			asked[p] = make([]int64, len(offsets)) // the start, until it is known
+			others[p] = standing{slices.Clone(offsets), asked[p], time.Now()}
 		}
 		return nil
 	})
-	if err == nil {
-		err = e.ends(ctx, b.topics, ends, func(offset int64) bool { return offset == ask })
+	var asking sync.WaitGroup
+	for p, ends := range asked {
+		for i, topic := range b.topics {
+			asking.Go(func() {
+				if end, err := e.Source(topic).End(ctx, p); err == nil { // or it is asked for again
+					ends[i] = end
+				}
+			})
+		}
 	}
+	asking.Wait()
 	return others, patience, err
 }
 
@@ -645,7 +688,10 @@ func (e *Engine) bring(
 		if err != nil {
 			return err
 		}
-		err = t.run(ctx, s.ends)
+		// What is done until then stays; its owner would be held up for as long.
+		helping, enough := context.WithTimeout(ctx, connectTimeout)
+		err = t.run(helping, s.ends)
+		enough()
 		if halt := new(haltError); errors.As(err, &halt) {
 			e.recordHalt(ctx, b, p, err, t.log)
 		} else if err != nil && !isCode(err, codeMoved) {

@@ -54,7 +54,8 @@ func TestPositionsAndRowsAgreeWhateverGoesWrong(t *testing.T) {
 	for round := range 50 {
 		s.order(100+round, 3)
 		seen := one[int64](t, admin, "SELECT sum(o)::bigint FROM wharf.tasks, unnest(offsets) o")
-		e := New(openURL(t, pool.Config().ConnString()), replayer.Config)
+		own := openURL(t, pool.Config().ConnString())
+		e := New(own, replayer.Config)
 		stop := start(t, e)
 		if round%5 == 0 {
 			exec(`SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()`)
@@ -66,6 +67,7 @@ func TestPositionsAndRowsAgreeWhateverGoesWrong(t *testing.T) {
 			return one[int64](t, admin, "SELECT sum(o)::bigint FROM wharf.tasks, unnest(offsets) o") > seen+20
 		})
 		stop()
+		own.Close()
 		for of, turns := range e.turns {
 			all := map[string]int64{live: liveWriters, previous: previousWriters}[of.state]
 			eventually(t, "all turns of "+of.model+" have been given back", func() bool { return turns.TryAcquire(all) })

@@ -179,17 +179,12 @@ func (t *task) loadParked(ctx context.Context) error {
 		return err
 	}
 	t.discarded = map[place]bool{}
-	rows, err = t.pool.Query(ctx, "SELECT topic, seq FROM wharf.discarded WHERE model = $1 AND partition = $2", t.model.Name, t.partition)
-	if err != nil {
-		return err
-	}
-	var seq int64
-	_, err = pgx.ForEachRow(rows, []any{&topic, &seq}, func() error {
-		if i := slices.Index(t.model.Topics, topic); i >= 0 {
-			t.discarded[place{i, seq}] = true
+	givenUp, err := t.e.givenUp(ctx, t.pool, t.model.Name)
+	for _, d := range givenUp {
+		if i := slices.Index(t.model.Topics, d.at.Topic); i >= 0 && d.at.Partition == t.partition {
+			t.discarded[place{i, d.at.Seq}] = true
 		}
-		return nil
-	})
+	}
 	return err
 }
 
@@ -256,20 +251,36 @@ type Discarded struct {
 	Model    string    `json:"model"`
 	Position string    `json:"position"`
 	At       time.Time `json:"at"`
+
+	at domain.Position
 }
 
 // DiscardedEvents lists what was given up, of one model if it is named.
 func (e *Engine) DiscardedEvents(ctx context.Context, model string) ([]Discarded, error) {
-	rows, err := e.pool.Query(ctx, `SELECT model, topic || '/' || partition || '/' || seq, discarded_at FROM wharf.discarded
-		WHERE $1 = '' OR model = $1 ORDER BY discarded_at, model, topic, partition, seq`, model)
+	list, err := e.givenUp(ctx, e.pool, model)
 	if err != nil {
 		return nil, fmt.Errorf("list the events that were given up: %w", err)
 	}
-	return pgx.CollectRows(rows, func(r pgx.CollectableRow) (d Discarded, err error) {
-		err = r.Scan(&d.Model, &d.Position, &d.At)
-		d.At = d.At.UTC()
-		return d, err
+	return list, nil
+}
+
+// givenUp is what was given up of the topics that there are.
+func (e *Engine) givenUp(ctx context.Context, db querier, model string) (list []Discarded, err error) {
+	rows, err := db.Query(ctx, `SELECT model, topic, partition, seq, topic_id, discarded_at FROM wharf.discarded
+		WHERE $1 = '' OR model = $1 ORDER BY discarded_at, model, topic, partition, seq`, model)
+	if err != nil {
+		return nil, err
+	}
+	var d Discarded
+	var id string
+	_, err = pgx.ForEachRow(rows, []any{&d.Model, &d.at.Topic, &d.at.Partition, &d.at.Seq, &id, &d.At}, func() error {
+		if !projections.IsAnother(id, e.TopicIDs[d.at.Topic]) {
+			d.Position, d.At = d.at.String(), d.At.UTC()
+			list = append(list, d)
+		}
+		return nil
 	})
+	return list, err
 }
 
 // Repaired is what a retry has come to.
@@ -329,11 +340,11 @@ func (e *Engine) DiscardParked(ctx context.Context, model, position string) erro
 
 // discard finds the event in the live build first, or given up before.
 func (e *Engine) discard(ctx context.Context, m projections.Model, position string) (found bool, err error) {
-	err = e.pool.QueryRow(ctx, "SELECT EXISTS (SELECT FROM wharf.discarded WHERE model = $1 AND topic || '/' || partition || '/' || seq = $2)",
-		m.Name, position).Scan(&found)
+	before, err := e.givenUp(ctx, e.pool, m.Name)
 	if err != nil {
 		return false, err
 	}
+	found = slices.ContainsFunc(before, func(d Discarded) bool { return d.Position == position })
 	err = e.eachParked(ctx, m.Name, func(m projections.Model, b build, partition int32) error {
 		return pgx.BeginFunc(ctx, e.pool, func(tx pgx.Tx) error {
 			if err := touchTask(ctx, tx, b, partition); err != nil {
@@ -341,9 +352,10 @@ func (e *Engine) discard(ctx context.Context, m projections.Model, position stri
 			}
 			tag, err := tx.Exec(ctx, `WITH gone AS (DELETE FROM wharf.parked
 					WHERE build = $1 AND partition = $2 AND topic || '/' || partition || '/' || seq = $3 RETURNING topic, seq)
-				INSERT INTO wharf.discarded (model, partition, topic, seq) SELECT $4, $2, topic, seq FROM gone
-				ON CONFLICT (model, partition, topic, seq) DO UPDATE SET discarded_at = now()`,
-				b.id, partition, position, m.Name)
+				INSERT INTO wharf.discarded (model, partition, topic, seq, topic_id)
+				SELECT $4, $2, topic, seq, coalesce(($5::jsonb)->>topic, '') FROM gone
+				ON CONFLICT (model, partition, topic, seq) DO UPDATE SET discarded_at = now(), topic_id = EXCLUDED.topic_id`,
+				b.id, partition, position, m.Name, b.ids())
 			if err == nil && tag.RowsAffected() > 0 && b.state == previous && !found {
 				return errNotLive
 			}
@@ -392,6 +404,11 @@ func (e *Engine) eachParked(ctx context.Context, model string, f func(projection
 			return fmt.Errorf("the live build is of version %d, and this program has version %d: use the program that made it",
 				b.version, m.Version)
 		}
+		if len(partitions) > 0 {
+			if err := e.ofThisLog(b); err != nil {
+				return err
+			}
+		}
 		for _, p := range partitions {
 			if err := f(m, b, p); err != nil {
 				return err
@@ -401,10 +418,21 @@ func (e *Engine) eachParked(ctx context.Context, model string, f func(projection
 	return nil
 }
 
+var errSwapped = errors.New("another build was swapped in meanwhile: try again")
+
 // touchTask holds the task up until the transaction ends, and makes whoever runs it begin anew after that, because what
-// it has in memory is stale then.
+// it has in memory is stale then. It is an error when the build has another state by now.
 func touchTask(ctx context.Context, tx pgx.Tx, b build, partition int32) error {
 	_, err := tx.Exec(ctx, "UPDATE wharf.tasks SET epoch = epoch + 1, error = '' WHERE build = $1 AND partition = $2", b.id, partition)
+	if err != nil {
+		return err
+	}
+	// A swap holds the tasks of the live build up, too.
+	var same bool
+	err = tx.QueryRow(ctx, "SELECT EXISTS (SELECT FROM wharf.builds WHERE id = $1 AND state = $2)", b.id, b.state).Scan(&same)
+	if err == nil && !same {
+		err = errSwapped
+	}
 	return err
 }
 

@@ -644,3 +644,23 @@ func incompressible(length int) string {
 	_, _ = rand.NewChaCha8([32]byte{}).Read(random)
 	return base64.StdEncoding.EncodeToString(random)[:length]
 }
+
+// A repair whose lock was lost, and whose build was swapped out, says so.
+func TestARepairWithoutItsLockDoesNothing(t *testing.T) {
+	e, _, _ := brokenShelf(t)
+	repaired := errors.New("it went on")
+	err := e.eachParked(t.Context(), "shelf", func(m projections.Model, b build, p int32) error {
+		if _, err := e.pool.Exec(t.Context(), `SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND classid = $1
+			AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`, int64(lockClass)); err != nil {
+			return err
+		}
+		eventually(t, "the lock is free", func() bool {
+			return e.Replay(t.Context(), []string{"shelf"}, ReplayOptions{}, func(Progress) {}) == nil
+		})
+		_, _, err := e.repair(t.Context(), m, b, p, "")
+		return errors.Join(repaired, err)
+	})
+	if !errors.Is(err, repaired) || !errors.Is(err, errSwapped) {
+		t.Error(err)
+	}
+}

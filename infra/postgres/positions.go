@@ -27,7 +27,7 @@ type Positions struct {
 	joined  time.Time // when the last one came to wait
 	asking  bool
 
-	older bool // the projector that made the views; only the one who asks looks at it
+	older time.Time // when the views were last seen to be an older projector's; only the one who asks looks at it
 }
 
 // fresh is for how long an answer of the database is taken for the present: it may lose what it has not flushed, or be made
@@ -36,6 +36,9 @@ const fresh = 100 * time.Millisecond
 
 // longestPause is between two questions while somebody waits and answers come.
 const longestPause = 5 * time.Millisecond
+
+// olderFor is for how long views are taken for those of an older projector.
+const olderFor = 5 * time.Second
 
 // leastLook is how long an answer of the database is waited for at least: who comes while it is asked waits for two.
 const leastLook = 2 * time.Second
@@ -164,7 +167,7 @@ func (p *Positions) read(models []string) (map[seenAt]reached, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), connectTimeout)
 	defer cancel()
 	ids := "topic_ids"
-	if p.older {
+	if time.Since(p.older) < olderFor {
 		ids = "'{}'::text[]"
 	}
 	rows, err := p.pool.Query(ctx, "SELECT model, topics, "+ids+", partition, seqs, error <> '' FROM wharf_read.builds WHERE state = 'live' AND model = ANY($1)", models)
@@ -185,8 +188,8 @@ func (p *Positions) read(models []string) (map[seenAt]reached, error) {
 			return nil
 		})
 	}
-	if isCode(err, codeUndefinedColumn) && !p.older {
-		p.older = true
+	if isCode(err, codeUndefinedColumn) && time.Since(p.older) >= olderFor {
+		p.older = time.Now()
 		return p.read(models)
 	}
 	if err != nil {

@@ -33,11 +33,11 @@ const (
 )
 
 // Open connects to the database for the engine, as its owner. A database that does not answer is waited for until ctx
-// ends. The pool may have 16 connections, for two writers of every read model and then some; pool_max_conns in the URL asks
+// ends. The pool may have 24 connections, for three writers of every read model and then some; pool_max_conns in the URL asks
 // for more. Commits do not wait for the disk: rows and positions are lost together or not at all.
 func Open(ctx context.Context, url string) (*pgxpool.Pool, error) {
 	return open(ctx, url, "owner", func(c *pgxpool.Config) {
-		c.MaxConns = max(c.MaxConns, 16)
+		c.MaxConns = max(c.MaxConns, 24)
 		c.ConnConfig.RuntimeParams["synchronous_commit"] = "off"
 		c.ConnConfig.RuntimeParams["idle_in_transaction_session_timeout"] = idleTimeout
 	})

@@ -16,8 +16,8 @@ import (
 	"wharf/projections"
 )
 
-// ErrReplaying says that somebody else is building the read model anew. The error that wraps it says who.
-var ErrReplaying = errors.New("the read model is being built anew already")
+// ErrReplaying says that somebody else is building the read model anew, or repairing it. The error that wraps it says who.
+var ErrReplaying = errors.New("the read model is being built anew or repaired already")
 
 // ErrNoPrevious says that there is no build to go back to.
 var ErrNoPrevious = errors.New("there is no previous build: none has been swapped out lately")
@@ -107,7 +107,7 @@ func (e *Engine) replay(ctx context.Context, m projections.Model, o ReplayOption
 		return err
 	}
 	defer end(&err)
-	r.lost = o.Lost
+	r.lost, r.upgrade = o.Lost, o.upgrade
 	old, _, err := r.livePositions(ctx, r.conn, "")
 	switch {
 	case err != nil:
@@ -168,7 +168,7 @@ func (r *replay) index(ctx context.Context) error {
 		if _, err := tx.Exec(ctx, "DELETE FROM wharf.parked WHERE build = $1", r.build.id); err != nil {
 			return err
 		}
-		_, err := tx.Exec(ctx, "UPDATE wharf.tasks SET offsets = array_fill(0, ARRAY[$2::int]), seqs = array_fill(0, ARRAY[$2::int]) WHERE build = $1",
+		_, err := tx.Exec(ctx, "UPDATE wharf.tasks SET skipped = 0, offsets = array_fill(0, ARRAY[$2::int]), seqs = array_fill(0, ARRAY[$2::int]) WHERE build = $1",
 			r.build.id, len(r.build.topics))
 		if err != nil {
 			return err
@@ -209,7 +209,7 @@ func (e *Engine) Plan(ctx context.Context, names []string) (plans []Plan, err er
 		r := &replay{e: e, model: m}
 		old, until, err := r.livePositions(ctx, e.pool, "")
 		if err == nil {
-			err = r.e.ends(ctx, r.model.Topics, until, func(int64) bool { return true })
+			err = r.ends(ctx, until, func(int64) bool { return true })
 		}
 		p := Plan{Model: m.Name, Build: old.id, Version: old.version, Topics: m.Topics}
 		there := false
@@ -267,7 +267,7 @@ func (e *Engine) rollback(ctx context.Context, m projections.Model, progress fun
 		return fmt.Errorf("the previous build is of version %d, and this program has version %d: use the program that made it",
 			b.version, m.Version)
 	}
-	r.build, r.lost = b, true // what the live one has and the log has not cannot be had
+	r.build = b
 	if err := r.canComeBack(ctx); err != nil {
 		return err
 	}
@@ -294,15 +294,12 @@ func (e *Engine) rollback(ctx context.Context, m projections.Model, progress fun
 
 // canComeBack is an error if the previous build is none to go back to.
 func (r *replay) canComeBack(ctx context.Context) error {
-	there, err := r.build.hasTable(ctx, r.conn)
-	if err == nil && !there {
-		err = fmt.Errorf("the table of the previous build %d is gone: build the read model anew (wharf replay)", r.build.id)
-	}
+	wrong, err := r.e.whatIsWrong(ctx, r.conn, r.build)
 	if err != nil {
 		return err
 	}
-	if err := r.e.ofThisLog(r.build); err != nil {
-		return fmt.Errorf("the previous %w", err)
+	if wrong != nil {
+		return fmt.Errorf("the previous one is none to go back to: %w", wrong)
 	}
 	old, _, err := r.livePositions(ctx, r.conn, "")
 	if err != nil {
@@ -315,15 +312,7 @@ func (r *replay) canComeBack(ctx context.Context) error {
 			}
 		}
 	}
-	rows, err := r.conn.Query(ctx, "SELECT format('partition %s: %s', partition, error) FROM wharf.tasks WHERE build = $1 AND error <> '' ORDER BY partition LIMIT 1", r.build.id)
-	if err != nil {
-		return err
-	}
-	halted, err := pgx.CollectRows(rows, pgx.RowTo[string])
-	if err == nil && len(halted) > 0 {
-		err = fmt.Errorf("the previous build %d is halted: %s", r.build.id, halted[0])
-	}
-	return err
+	return nil
 }
 
 // open gives the replay connections of its own, because a swap holds up live tasks, which may have taken every
@@ -429,6 +418,7 @@ type replay struct {
 	conn        *pgxpool.Conn
 	tasks       []*task
 	pace        pacer
+	upgrade     bool                     // the live build is of another version, and may have lost tasks
 	lost        bool                     // the live build may be beyond the end of the log, which is right
 	unreachable map[topicPartition]int64 // where the live build is, and the log is not
 	quiet       bool                     // about what is parked: for a build that is only looked at
@@ -462,7 +452,7 @@ func (r *replay) fill(ctx context.Context) error {
 		err = r.within(ctx, until)
 	}
 	if err == nil {
-		err = r.e.ends(ctx, r.model.Topics, until, func(offset int64) bool { return offset < 0 })
+		err = r.ends(ctx, until, func(offset int64) bool { return offset < 0 })
 	}
 	if err != nil {
 		return err
@@ -533,7 +523,7 @@ func (r *replay) beyond(ctx context.Context, until [][]int64) (ends [][]int64, b
 			}
 		}
 	}
-	if err := r.e.ends(ctx, r.model.Topics, ends, func(offset int64) bool { return offset == ask }); err != nil {
+	if err := r.ends(ctx, ends, func(offset int64) bool { return offset == ask }); err != nil {
 		return nil, nil, err
 	}
 	for p := range until {
@@ -550,7 +540,7 @@ func (r *replay) beyond(ctx context.Context, until [][]int64) (ends [][]int64, b
 func (r *replay) readOn(ctx context.Context) error {
 	_, until, err := r.livePositions(ctx, r.conn, "")
 	if err == nil {
-		err = r.e.ends(ctx, r.model.Topics, until, func(int64) bool { return true })
+		err = r.ends(ctx, until, func(int64) bool { return true })
 	}
 	if err != nil {
 		return err
@@ -558,14 +548,14 @@ func (r *replay) readOn(ctx context.Context) error {
 	return r.advance(ctx, until)
 }
 
-// ends puts where the topics end in the place of the offsets, by partition and topic, that are to be replaced.
-func (e *Engine) ends(ctx context.Context, topics []string, offsets [][]int64, replace func(int64) bool) error {
+// ends puts where the topics end in the place of the offsets that are to be replaced.
+func (r *replay) ends(ctx context.Context, offsets [][]int64, replace func(int64) bool) error {
 	g, ctx := errgroup.WithContext(ctx)
 	for p := range offsets {
-		for i, offset := range offsets[p] {
-			if replace(offset) {
+		for i, topic := range r.model.Topics {
+			if replace(offsets[p][i]) {
 				g.Go(func() (err error) {
-					offsets[p][i], err = e.Source(topics[i]).End(ctx, int32(p))
+					offsets[p][i], err = r.e.Source(topic).End(ctx, int32(p))
 					return err
 				})
 			}
@@ -723,7 +713,7 @@ func (r *replay) livePositions(ctx context.Context, tx querier, lock string) (ol
 			return r.livePositions(ctx, tx, lock)
 		}
 	}
-	if err == nil && tag.RowsAffected() < int64(r.e.Partitions) && !r.lost {
+	if err == nil && tag.RowsAffected() < int64(r.e.Partitions) && !r.lost && !r.upgrade {
 		err = fmt.Errorf("the live build has only %d rows in wharf.tasks for %d partitions: somebody has deleted the others; build it anew "+
 			"(wharf replay --force)", tag.RowsAffected(), r.e.Partitions)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -410,4 +412,74 @@ func TestADiscardDuringAVerificationIsNoDifference(t *testing.T) {
 		t.Error(err)
 	}
 	verify(t, e, 0)
+}
+
+// A verification of what was swapped out, or whose view was made anew, since its snapshot was taken finds nothing wrong with that.
+func TestAVerificationLooksAtTheViewOfItsSnapshot(t *testing.T) {
+	s := newShop()
+	s.stock(10)
+	pool, e := s.projected(t)
+	exec := func(db querier, sql string) {
+		t.Helper()
+		if _, err := db.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	snapshot := func() pgx.Tx {
+		t.Helper()
+		tx, err := pool.BeginTx(t.Context(), pgx.TxOptions{IsoLevel: pgx.RepeatableRead})
+		if err != nil {
+			t.Fatal(err)
+		}
+		exec(tx, "SELECT count(*) FROM wharf.builds")
+		return tx
+	}
+	compare := func(tx pgx.Tx, b build) string {
+		t.Helper()
+		c, err := e.compare(t.Context(), tx, projections.Stock, b, b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := tx.Rollback(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		return c.Unread
+	}
+	old := liveOf(t, e, "stock")
+	before := snapshot()
+	if err := e.Replay(t.Context(), []string{"stock"}, ReplayOptions{}, func(Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	if unread := compare(before, old); unread != "" {
+		t.Errorf("swapped after the snapshot: %s", unread)
+	}
+	if unread := compare(snapshot(), old); unread != "" {
+		t.Errorf("swapped before it: %s", unread)
+	}
+	now := liveOf(t, e, "stock")
+	before = snapshot()
+	exec(pool, "DROP VIEW wharf_read.stock")
+	exec(pool, "CREATE VIEW wharf_read.stock AS SELECT 1 AS other")
+	if unread := compare(before, now); unread != "" {
+		t.Errorf("the view was made anew after the snapshot: %s", unread)
+	}
+	if unread := compare(snapshot(), now); unread == "" {
+		t.Error("queries read something else")
+	}
+}
+
+// What is verified in the background is what queries read, too.
+func TestTheBackgroundSeesThatAViewIsGone(t *testing.T) {
+	s := newShop()
+	s.stock(10)
+	pool, _ := s.projected(t, func(c *Config) { c.Models = []projections.Model{projections.Stock} })
+	if _, err := pool.Exec(t.Context(), "DROP VIEW wharf_read.stock; UPDATE wharf.builds SET verified_at = 'epoch'"); err != nil {
+		t.Fatal(err)
+	}
+	var said strings.Builder
+	e := New(pool, Config{Models: []projections.Model{projections.Stock}, Partitions: partitions, Source: s.reader, Verify: time.Hour,
+		Logger: slog.New(slog.NewTextHandler(&said, nil))})
+	if err := e.verifyAll(t.Context()); err != nil || strings.Contains(said.String(), "was verified") || !strings.Contains(said.String(), "not what queries read") {
+		t.Error(err, said.String())
+	}
 }

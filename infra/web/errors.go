@@ -116,7 +116,7 @@ func unreachable(err error) bool {
 		class := pg.Code[:min(2, len(pg.Code))]
 		// Connection, resources, operator; and a statement that was prepared before the read model's columns changed, which is
 		// prepared anew.
-		return class == "08" || class == "53" || class == "57" || pg.Code == "0A000"
+		return class == "08" || class == "53" || class == "57" || strings.Contains(pg.Message, "cached plan must not change")
 	}
 	var connect *pgconn.ConnectError
 	var network net.Error

@@ -7,6 +7,8 @@ DROP VIEW wharf_read.builds; -- first: who reads it locks it before the tables, 
 
 ALTER TABLE wharf.builds ADD COLUMN topic_ids text[] NOT NULL DEFAULT '{}'; -- in the order of topics; empty where it is not known
 
+ALTER TABLE wharf.discarded ADD COLUMN topic_id text NOT NULL DEFAULT '';
+
 -- 1464353107 is the class of the advisory lock that who makes a build holds, with the build's id (build.go).
 CREATE VIEW wharf_read.builds AS
 SELECT b.id, b.model, b.version, b.state, b.topics, t.partition, t.offsets, t.seqs, t.skipped, t.error, t.trouble,
