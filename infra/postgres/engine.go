@@ -231,9 +231,13 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 				if err != nil || tag.RowsAffected() == 0 { // a replay was quicker
 					return err
 				}
-				if back, whole, err := e.previousOf(ctx, tx, m); err != nil || whole {
+				back, whole, err := e.previousOf(ctx, tx, m)
+				if err != nil {
+					return err
+				}
+				if whole {
 					e.Logger.Warn("the table of a read model is gone, and the previous build is the live one again", "model", m.Name, "build", old.id)
-					return errors.Join(err, e.publish(ctx, tx, m, back))
+					return e.publish(ctx, tx, m, back)
 				}
 				e.Logger.Warn("the table of a read model is gone, and is built anew from the log", "model", m.Name, "build", old.id)
 			}
