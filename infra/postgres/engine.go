@@ -13,6 +13,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"golang.org/x/sync/semaphore"
 
 	"wharf/infra/journal"
 	"wharf/projections"
@@ -52,6 +53,8 @@ type Engine struct {
 	pool  *pgxpool.Pool
 	bulk  limits          // of tasks that fill a build
 	turns map[role]*turns // of each build's tasks
+
+	helping *semaphore.Weighted // of those who bring others' tasks on
 
 	mu      sync.Mutex
 	kept    map[role]*keptBuild
@@ -106,7 +109,7 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 		c.Logger = slog.Default()
 	}
 	e := &Engine{Config: c, pool: pool, bulk: bulkLimits, turns: map[role]*turns{}, kept: map[role]*keptBuild{},
-		changed: make(chan struct{}), warned: map[string]time.Time{}, mine: map[int32]int{}}
+		helping: semaphore.NewWeighted(helpers), changed: make(chan struct{}), warned: map[string]time.Time{}, mine: map[int32]int{}}
 	for _, m := range c.Models {
 		e.turns[role{m.Name, live}], e.turns[role{m.Name, previous}] = newTurns(liveWriters), newTurns(previousWriters)
 	}
@@ -211,6 +214,11 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 			if err != nil {
 				return err
 			}
+			_, err = conn.Exec(ctx, `UPDATE wharf.discarded d SET topic_id = t.id FROM unnest($2::text[], $3::text[]) AS t (topic, id)
+				WHERE d.model = $1 AND d.topic = t.topic AND d.topic_id = '' AND t.id <> ''`, m.Name, m.Topics, e.idsOf(m.Topics))
+			if err != nil {
+				return err
+			}
 		}
 		old, found := of(have, m.Name)
 		if found {
@@ -271,34 +279,20 @@ func (e *Engine) previousOf(ctx context.Context, tx pgx.Tx, m projections.Model)
 	return b, wrong == nil, err
 }
 
-// whatIsWrong says why queries should not read the build, if so.
+// whatIsWrong says why queries should not read the build, if so, other than that it has halted: a start tries that again.
 func (e *Engine) whatIsWrong(ctx context.Context, db querier, b build) (wrong, err error) {
 	there, err := b.hasTable(ctx, db)
 	if err != nil {
 		return nil, err
 	}
-	rows, err := db.Query(ctx, "SELECT partition, error FROM wharf.tasks WHERE build = $1 ORDER BY partition", b.id)
-	if err != nil {
-		return nil, err
-	}
-	var halted error
-	var partition int32
-	var why string
-	tasks, err := pgx.ForEachRow(rows, []any{&partition, &why}, func() error {
-		if why != "" && halted == nil {
-			halted = fmt.Errorf("build %d is halted: partition %d: %s", b.id, partition, why)
-		}
-		return nil
-	})
-	switch {
+	tag, err := db.Exec(ctx, "SELECT FROM wharf.tasks WHERE build = $1", b.id)
+	switch tasks := tag.RowsAffected(); {
 	case err != nil:
 		return nil, err
 	case !there:
 		return fmt.Errorf("the table of build %d is gone", b.id), nil
-	case tasks.RowsAffected() < int64(b.partitions):
-		return fmt.Errorf("build %d has only %d rows in wharf.tasks for %d partitions", b.id, tasks.RowsAffected(), b.partitions), nil
-	case halted != nil:
-		return halted, nil
+	case tasks < int64(b.partitions):
+		return fmt.Errorf("build %d has only %d rows in wharf.tasks for %d partitions", b.id, tasks, b.partitions), nil
 	}
 	return e.ofThisLog(b), nil
 }
@@ -592,13 +586,16 @@ func (e *Engine) help(ctx context.Context) {
 	for _, m := range e.Models {
 		wg.Go(func() {
 			var seen map[int32]standing // by partition
+			var of int64
 			for pause(ctx, helpEvery*e.Poll) {
 				e.mu.Lock()
 				b := e.kept[role{m.Name, live}]
 				e.mu.Unlock()
 				if b == nil || b.version != m.Version {
-					seen = nil
 					continue
+				}
+				if b.id != of {
+					seen, of = nil, b.id
 				}
 				others, patience, err := e.othersTasks(ctx, b.build, seen)
 				if seen = others; err == nil {
@@ -619,6 +616,14 @@ const (
 	helpEvery         = 2
 	patienceAtTwo     = 2
 	patienceOtherwise = 10
+)
+
+// endTimeout is how long the end of a topic is waited for, helpers how many tasks of others are run at a time, and helpFor how long
+// each.
+const (
+	endTimeout = 500 * time.Millisecond
+	helpers    = 2
+	helpFor    = 5 * time.Second
 )
 
 // standing is a task that stands still.
@@ -642,7 +647,6 @@ func (e *Engine) othersTasks(ctx context.Context, b build, before map[int32]stan
 		return nil, 0, err
 	}
 	others = map[int32]standing{}
-	asked := map[int32][]int64{}
 	patience = patienceOtherwise * e.Poll
 	var p int32
 	var offsets []int64
@@ -658,22 +662,32 @@ func (e *Engine) othersTasks(ctx context.Context, b build, before map[int32]stan
 		}
 		others[p] = before[p]
 		if at := (position{offsets: offsets}); !slices.Equal(before[p].offsets, offsets) || at.passed(before[p].ends) {
-			asked[p] = make([]int64, len(offsets)) // the start, until it is known
-			others[p] = standing{slices.Clone(offsets), asked[p], time.Now()}
+			others[p] = standing{slices.Clone(offsets), make([]int64, len(offsets)), time.Time{}} // ends are not known yet
 		}
 		return nil
 	})
+	// Who has no leader does not hold up the others for long, and is asked about again.
+	ctx, enough := context.WithTimeout(ctx, endTimeout)
+	defer enough()
 	var asking sync.WaitGroup
-	for p, ends := range asked {
+	for p, s := range others {
 		for i, topic := range b.topics {
-			asking.Go(func() {
-				if end, err := e.Source(topic).End(ctx, p); err == nil { // or it is asked for again
-					ends[i] = end
-				}
-			})
+			if s.ends[i] <= s.offsets[i] {
+				asking.Go(func() {
+					if end, err := e.Source(topic).End(ctx, p); err == nil {
+						s.ends[i] = end
+					}
+				})
+			}
 		}
 	}
 	asking.Wait()
+	for p, s := range others {
+		if s.since.IsZero() {
+			s.since = time.Now()
+			others[p] = s
+		}
+	}
 	return others, patience, err
 }
 
@@ -684,23 +698,35 @@ func (e *Engine) bring(
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(whileKept, cancel)()
+	var errs []error
 	for p, s := range others {
 		if time.Since(s.since) < patience || (position{offsets: s.offsets}).passed(s.ends) {
 			continue
 		}
-		t, err := e.load(ctx, e.pool, m, b, p)
-		if err != nil {
+		if err := e.helping.Acquire(ctx, 1); err != nil {
 			return err
 		}
-		// What is done until then stays; its owner would be held up for as long.
-		helping, enough := context.WithTimeout(ctx, connectTimeout)
-		err = t.run(helping, s.ends)
-		enough()
-		if halt := new(haltError); errors.As(err, &halt) {
-			e.recordHalt(ctx, b, p, err, t.log)
-		} else if err != nil && !isCode(err, codeMoved) {
-			return err
-		}
+		errs = append(errs, e.bringOne(ctx, m, b, p, s))
+		e.helping.Release(1)
 	}
-	return nil
+	return errors.Join(errs...)
+}
+
+// bringOne runs a task if it still stands where it was seen. What it does until there is no more time stays.
+func (e *Engine) bringOne(ctx context.Context, m projections.Model, b build, p int32, s standing) error {
+	helping, enough := context.WithTimeout(ctx, helpFor)
+	defer enough()
+	t, err := e.load(helping, e.pool, m, b, p)
+	if err != nil || !slices.Equal(t.stored.offsets, s.offsets) {
+		return err
+	}
+	err = t.run(helping, s.ends)
+	if halt := new(haltError); errors.As(err, &halt) {
+		e.recordHalt(ctx, b, p, err, t.log)
+		return nil
+	}
+	if isCode(err, codeMoved) {
+		return nil
+	}
+	return err
 }

@@ -404,13 +404,15 @@ func (e *Engine) eachParked(ctx context.Context, model string, f func(projection
 			return fmt.Errorf("the live build is of version %d, and this program has version %d: use the program that made it",
 				b.version, m.Version)
 		}
-		if len(partitions) > 0 {
-			if err := e.ofThisLog(b); err != nil {
-				return err
-			}
-		}
 		for _, p := range partitions {
-			if err := f(m, b, p); err != nil {
+			err := e.ofThisLog(b)
+			if err == nil {
+				err = f(m, b, p)
+			}
+			if b.state == previous && (errors.Is(err, errOtherLog) || errors.Is(err, errSwapped)) {
+				break // nobody goes back to it, or it has retired meanwhile
+			}
+			if err != nil {
 				return err
 			}
 		}

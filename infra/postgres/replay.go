@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -300,6 +301,13 @@ func (r *replay) canComeBack(ctx context.Context) error {
 	}
 	if wrong != nil {
 		return fmt.Errorf("the previous one is none to go back to: %w", wrong)
+	}
+	halted, err := r.conn.Query(ctx, "SELECT format('partition %s: %s', partition, error) FROM wharf.tasks WHERE build = $1 AND error <> '' ORDER BY partition LIMIT 1", r.build.id)
+	if err != nil {
+		return err
+	}
+	if why, err := pgx.CollectRows(halted, pgx.RowTo[string]); err != nil || len(why) > 0 {
+		return errors.Join(err, fmt.Errorf("the previous build %d is halted: %s", r.build.id, strings.Join(why, "")))
 	}
 	old, _, err := r.livePositions(ctx, r.conn, "")
 	if err != nil {
