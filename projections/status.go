@@ -79,6 +79,9 @@ type BuildStatus struct {
 	halted    string // why, in the last of the partitions of Error
 }
 
+// isLive says that queries read the build, halted or not.
+func (b *BuildStatus) isLive() bool { return b.State == StateLive || b.State == StateHalted }
+
 // Verified is what a comparison of a build's rows with the fold of the log has found.
 type Verified struct {
 	At          time.Time `json:"at"`
@@ -119,9 +122,7 @@ func ReadStatus(ctx context.Context, db DB, lags Lags) (Status, error) {
 		return s, fmt.Errorf("read the builds: %w", err)
 	}
 	// Where payments cannot be read, its item says why.
-	readable := func(b BuildStatus) bool {
-		return b.Name == Payments.Name && (b.State == StateLive || b.State == StateHalted) && !b.gone
-	}
+	readable := func(b BuildStatus) bool { return b.Name == Payments.Name && b.isLive() && !b.gone }
 	if slices.ContainsFunc(s.Items, readable) {
 		row := db.QueryRow(ctx, "SELECT coalesce(sum(open_intents), 0)::bigint FROM wharf_read.payments")
 		if err := row.Scan(&s.OpenIntents); err != nil {
@@ -165,7 +166,7 @@ func (s *Status) setAside() {
 			s.Scratch = append(s.Scratch, ScratchBuild{b.Name, b.Build, b.Version, b.keepUntil.UTC()})
 		}
 		for i := range s.Items {
-			if live := &s.Items[i]; b.State == statePrevious && live.Name == b.Name && (live.State == StateLive || live.State == StateHalted) {
+			if live := &s.Items[i]; b.State == statePrevious && live.Name == b.Name && live.isLive() {
 				live.Previous = &PreviousBuild{b.Build, b.Version, b.Lag, b.keepUntil.UTC()}
 			}
 		}
@@ -199,7 +200,7 @@ func (s *Status) measure(ctx context.Context, places [][]place, ends map[string]
 			s.Items[i].Lag += lagOf(p)
 		}
 		s.Items[i].countMissing(ps, ends)
-		if s.Items[i].State != StateLive && s.Items[i].State != StateHalted {
+		if !s.Items[i].isLive() {
 			continue
 		}
 		behind := slices.SortedFunc(slices.Values(ps), func(a, b place) int { return cmp.Compare(lagOf(b), lagOf(a)) })
@@ -323,7 +324,7 @@ func (s *Status) readBuilds(ctx context.Context, db DB, ids map[string]string) (
 		}
 	}
 	for _, m := range All {
-		live := func(b BuildStatus) bool { return b.Name == m.Name && (b.State == StateLive || b.State == StateHalted) }
+		live := func(b BuildStatus) bool { return b.Name == m.Name && b.isLive() }
 		if rows.Err() == nil && !slices.ContainsFunc(s.Items, live) {
 			s.Items = append(s.Items, BuildStatus{Name: m.Name, Version: m.Version, State: StateHalted, Position: map[string]int64{}, gone: true,
 				Error: "there is no live build, or its rows of wharf.tasks are gone: start a projector anew, or build it anew (wharf replay --force)"})

@@ -3,7 +3,6 @@ package postgres
 import (
 	"context"
 	"errors"
-	"log/slog"
 	"maps"
 	"strings"
 	"sync/atomic"
@@ -43,14 +42,7 @@ func TestRowsOfTwoLogsAreNotMixed(t *testing.T) {
 	anew := ids("the first")
 	anew[projections.InventoryTopic] = "made anew"
 	var said atomic.Int64
-	e := newEngine(t, openURL(t, pool.Config().ConnString()), second, with(anew), func(c *Config) {
-		c.Logger = slog.New(slog.NewTextHandler(writerFunc(func(p []byte) (int, error) {
-			if strings.Contains(string(p), "a projection halts") {
-				said.Add(1)
-			}
-			return len(p), nil
-		}), nil))
-	})
+	e := newEngine(t, openURL(t, pool.Config().ConnString()), second, with(anew), func(c *Config) { c.Logger = countHalts(&said) })
 	stop := start(t, e)
 	eventually(t, "it is said in the log", func() bool { return said.Load() > 0 })
 	status, err := projections.ReadStatus(t.Context(), pool, otherLags{testLags{second}, anew})

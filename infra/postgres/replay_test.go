@@ -500,19 +500,12 @@ func TestASwapHasAllOfItsTasks(t *testing.T) {
 	for i := range 40 {
 		s.order(i, 2)
 	}
-	pool := openTest(t)
-	e := newEngine(t, pool, s)
-	project := func() {
-		stop := start(t, e)
-		s.caughtUp(t, pool)
-		stop()
-	}
-	project()
+	pool, e := s.projected(t)
 	more := func(from, to int) {
 		for i := from; i < to; i++ {
 			s.order(i, 2)
 		}
-		project()
+		s.project(t, e)
 	}
 
 	var failing atomic.Bool // the tenth connection from then on is broken
@@ -570,11 +563,7 @@ func TestWhoWaitsForASwapWritesNothing(t *testing.T) {
 	s := newShop()
 	s.tell("MUG", inventory.Received{Quantity: 5})
 	pool, e := s.projected(t)
-	all, err := builds(t.Context(), pool, live)
-	if err != nil {
-		t.Fatal(err)
-	}
-	old, _ := of(all, "stock")
+	old := liveOf(t, e, "stock")
 	late, err := e.load(t.Context(), pool, projections.Stock, old, journal.Partition([]byte("MUG"), partitions))
 	if err != nil {
 		t.Fatal(err)
@@ -766,14 +755,7 @@ func TestARollbackNeedsNoKafka(t *testing.T) {
 func TestAForcedSwapDoesNotGoBackEither(t *testing.T) {
 	s := newShop()
 	s.stock(40)
-	pool := openTest(t)
-	projector := newEngine(t, pool, s)
-	project := func() {
-		stop := start(t, projector)
-		s.caughtUp(t, pool)
-		stop()
-	}
-	project()
+	pool, projector := s.projected(t)
 	var stale atomic.Int64 // answers to come
 	e := New(pool, projector.Config)
 	e.Source = func(topic string) journal.Reader {
@@ -786,7 +768,7 @@ func TestAForcedSwapDoesNotGoBackEither(t *testing.T) {
 				for range 40 {
 					s.tell("MUG", inventory.Received{Quantity: 1})
 				}
-				project()
+				s.project(t, projector)
 				stale.Store(partitions + 3) // of reading on, and of three questions after that
 			})
 		}
@@ -808,12 +790,7 @@ func TestARollbackKeepsItsBuild(t *testing.T) {
 		t.Fatal(err)
 	}
 	at := s.tell("MUG", inventory.Received{Quantity: 1}) // which the live build gets, and the previous one does not
-	all, err := builds(t.Context(), pool, live)
-	if err != nil {
-		t.Fatal(err)
-	}
-	current, _ := of(all, "stock")
-	task, err := e.load(t.Context(), pool, projections.Stock, current, at.Partition)
+	task, err := e.load(t.Context(), pool, projections.Stock, liveOf(t, e, "stock"), at.Partition)
 	if err == nil {
 		err = task.run(t.Context(), []int64{at.Seq})
 	}

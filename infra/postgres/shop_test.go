@@ -152,10 +152,16 @@ func (s *shop) projected(t testing.TB, change ...func(*Config)) (*pgxpool.Pool, 
 func (s *shop) projectedBy(t testing.TB, pool *pgxpool.Pool, change ...func(*Config)) *Engine {
 	t.Helper()
 	e := newEngine(t, pool, s, change...)
-	stop := start(t, e)
-	s.caughtUp(t, pool)
-	stop()
+	s.project(t, e)
 	return e
+}
+
+// project runs the engine until its database has all that the shop has told.
+func (s *shop) project(t testing.TB, e *Engine) {
+	t.Helper()
+	stop := start(t, e)
+	s.caughtUp(t, e.pool)
+	stop()
 }
 
 // start runs the engine in all partitions, until stop is called or the test ends.

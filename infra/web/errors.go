@@ -94,15 +94,11 @@ func problemOf(err error) *Problem {
 		return p
 	}
 	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
-		p := newProblem(http.StatusServiceUnavailable, "not-ready")
-		p.Detail = "it took too long"
-		return p
+		return notReady("it took too long")
 	}
 	if unreachable(err) {
 		slog.Warn("a request failed because a server that it needs is away", "err", err)
-		p := newProblem(http.StatusServiceUnavailable, "not-ready")
-		p.Detail = "a server that this one needs, its database or Kafka, does not answer"
-		return p
+		return notReady("a server that this one needs, its database or Kafka, does not answer")
 	}
 	slog.Error("a request failed", "err", err)
 	return newProblem(http.StatusInternalServerError, "internal")
@@ -133,6 +129,13 @@ func newProblem(status int, code string) *Problem {
 	if status == http.StatusServiceUnavailable {
 		p.retryAfter = retryAfter
 	}
+	return p
+}
+
+// notReady says why a request has to be made again.
+func notReady(why string) *Problem {
+	p := newProblem(http.StatusServiceUnavailable, "not-ready")
+	p.Detail = why
 	return p
 }
 

@@ -46,9 +46,7 @@ func Handler(mux *http.ServeMux, document []byte, of Installation, ready func() 
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "alive") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		if err := ready(); err != nil {
-			p := newProblem(http.StatusServiceUnavailable, "not-ready")
-			p.Detail = err.Error()
-			writeProblem(w, p)
+			writeProblem(w, notReady(err.Error()))
 			return
 		}
 		fmt.Fprintln(w, "ready")
@@ -64,9 +62,7 @@ func Handler(mux *http.ServeMux, document []byte, of Installation, ready func() 
 		case slots <- struct{}{}:
 			defer func() { <-slots }()
 		default:
-			p := newProblem(http.StatusServiceUnavailable, "not-ready")
-			p.Detail = "too many requests at a time"
-			writeProblem(w, p)
+			writeProblem(w, notReady("too many requests at a time"))
 			return
 		}
 		defer func() {
