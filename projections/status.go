@@ -314,13 +314,18 @@ func (s *Status) readBuilds(ctx context.Context, db DB, ids map[string]string) (
 		if b.Error != "" {
 			item.halt(partition, b.Error)
 		}
+		var others []string
 		for i, topic := range topics {
 			if i < len(topicIDs) && IsAnother(topicIDs[i], ids[topic]) {
 				offsets[i], seqs[i] = 0, 0
-				item.halt(partition, fmt.Sprintf("the build was made of another topic %s than there is now (wharf verify %s says more)", topic, b.Name))
+				others = append(others, topic)
 			}
 			item.Position[topic] += seqs[i]
 			places[last] = append(places[last], place{topic, partition, offsets[i]})
+		}
+		if len(others) > 0 {
+			item.halt(partition, fmt.Sprintf("the build was made of another topic %s than there is now (wharf verify %s says more)",
+				strings.Join(others, " and "), b.Name))
 		}
 	}
 	for _, m := range All {

@@ -63,7 +63,7 @@ func (c *projectorCmd) Run(ctx context.Context) error {
 	return serve(ctx, l, client, p)
 }
 
-// projectorPart runs all read models in the partitions that the group gives it. The group only shares the work out;
+// projectorPart runs all read models in the partitions that their groups give it. The groups only share the work out;
 // how far each task is stands in the database. It refuses to run on topics that could lose events.
 func projectorPart(ctx context.Context, client *kafka.Client, url string, config postgres.Config) (part, error) {
 	engine, closePool, err := openEngine(ctx, client, url, config)
@@ -85,13 +85,8 @@ func projectorPart(ctx context.Context, client *kafka.Client, url string, config
 				return fmt.Errorf("check the topics of the projector: %w", err)
 			}
 			group, ctx := errgroup.WithContext(ctx)
-			group.Go(func() error { return engine.Run(ctx) })
 			group.Go(func() error { return watchTopics(ctx, client, specs) })
-			group.Go(func() error {
-				return client.RunGroup(ctx, "projector", projections.Topics, func(ctx context.Context, p int32) {
-					_ = engine.RunPartition(ctx, p) // which fails for no partition that there is
-				})
-			})
+			group.Go(func() error { return engine.Run(ctx, client.RunGroup) })
 			return group.Wait()
 		},
 	}, nil

@@ -74,17 +74,18 @@ func start(t *testing.T, e *postgres.Engine) (stop func()) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var all sync.WaitGroup
 	all.Go(func() {
-		if err := e.Run(ctx); err != nil {
+		err := e.Run(ctx, func(ctx context.Context, _ string, _ []string, owned func(context.Context, int32)) error {
+			var tasks sync.WaitGroup
+			for p := range int32(partitions) {
+				tasks.Go(func() { owned(ctx, p) })
+			}
+			tasks.Wait()
+			return nil
+		})
+		if err != nil {
 			t.Error(err)
 		}
 	})
-	for p := range int32(partitions) {
-		all.Go(func() {
-			if err := e.RunPartition(ctx, p); err != nil {
-				t.Error(err)
-			}
-		})
-	}
 	return func() { cancel(); all.Wait() }
 }
 

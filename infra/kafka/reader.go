@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/IBM/sarama"
@@ -164,6 +165,7 @@ func (r *Reader) End(ctx context.Context, partition int32) (int64, error) {
 
 // endAsk asks for the end of a partition.
 type endAsk struct {
+	ctx       context.Context // of who waits for the answer
 	topic     string
 	partition int32
 	answer    chan<- endAnswer
@@ -176,7 +178,7 @@ type endAnswer struct {
 
 func (c *Client) askEnd(ctx context.Context, addr, topic string, partition int32) (int64, error) {
 	answer := make(chan endAnswer, 1)
-	if err := gather(c, c.ends, addr, func(asks []endAsk) { c.askEnds(addr, asks) }).add(endAsk{topic, partition, answer}); err != nil {
+	if err := gather(c, c.ends, addr, func(asks []endAsk) { c.askEnds(addr, asks) }).add(endAsk{ctx, topic, partition, answer}); err != nil {
 		return 0, err
 	}
 	select {
@@ -188,6 +190,10 @@ func (c *Client) askEnd(ctx context.Context, addr, topic string, partition int32
 }
 
 func (c *Client) askEnds(addr string, asks []endAsk) {
+	asks = slices.DeleteFunc(asks, func(a endAsk) bool { return a.ctx.Err() != nil })
+	if len(asks) == 0 { // a broker that stood still is not asked for what nobody waits for any more
+		return
+	}
 	req := sarama.NewOffsetRequest(c.conf.Version)
 	for _, a := range asks {
 		req.AddBlock(a.topic, a.partition, sarama.OffsetNewest, 1)

@@ -336,3 +336,40 @@ func TestReadSurvivesFaults(t *testing.T) {
 	}
 	wg.Wait()
 }
+
+// What nobody waits for any more is not asked of a broker that has stood still.
+func TestAsksThatNobodyWaitsForAreForgotten(t *testing.T) {
+	cluster := fake(t, kfake.NumBrokers(1))
+	c := connectWith(t, Config{Brokers: cluster.ListenAddrs()})
+	log := c.PublicLog(topic(t, c, 12))
+	release, asked := make(chan struct{}), make(chan struct{}, 100)
+	cluster.ControlKey(int16(kmsg.ListOffsets), func(kmsg.Request) (kmsg.Response, error, bool) {
+		cluster.KeepControl()
+		asked <- struct{}{}
+		<-release
+		return nil, nil, false
+	})
+	first := make(chan error, 1)
+	go func() {
+		_, err := log.End(t.Context(), 0)
+		first <- err
+	}()
+	<-asked
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	for range 10 * gathered {
+		if _, err := c.askEnd(gone, cluster.ListenAddrs()[0], "any", 0); !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+	}
+	close(release)
+	if err := <-first; err != nil {
+		t.Fatal(err)
+	}
+	if _, err := log.End(bounded(t), 1); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(asked); n > 1 {
+		t.Errorf("%d requests after the first", n)
+	}
+}

@@ -7,13 +7,12 @@ import (
 	"log/slog"
 	"maps"
 	"runtime"
-	"slices"
 	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
-	"golang.org/x/sync/semaphore"
+	"golang.org/x/sync/errgroup"
 
 	"wharf/infra/journal"
 	"wharf/projections"
@@ -43,24 +42,27 @@ type Config struct {
 	Logger   *slog.Logger
 }
 
+// Share calls owned for every partition number that this process gets of the group's, in a goroutine of its own, until another
+// process has to get it: then ctx of that call ends. It returns when ctx ends and every owned has returned.
+type Share func(ctx context.Context, group string, topics []string, owned func(ctx context.Context, partition int32)) error
+
+// Group is the name of the group that shares the tasks of a read model out. Programs of another version have another one: they
+// cannot run these tasks, and would hold partitions during a rolling update that nobody runs then.
+func Group(m projections.Model) string { return fmt.Sprintf("projector.%s.v%d", m.Name, m.Version) }
+
 // Engine runs read models on a database. Several, in any number of processes, share the work: each read model in each
-// partition number is a task, which runs where RunPartition runs it. Should two run the same task, all but one find
-// that its position has moved, and write nothing.
-//
-//	Setup, then Run in a goroutine of its own, and RunPartition for each partition number that this process owns.
+// partition number is a task, which runs where its Group says. Should two run the same task, all but one find
+// that its position has moved, and write nothing. Setup, then Run.
 type Engine struct {
 	Config
 	pool  *pgxpool.Pool
 	bulk  limits          // of tasks that fill a build
 	turns map[role]*turns // of each build's tasks
 
-	helping *semaphore.Weighted // of those who bring others' tasks on
-
 	mu      sync.Mutex
 	kept    map[role]*keptBuild
 	changed chan struct{}        // closed, and made anew, when kept changes
 	warned  map[string]time.Time // when somebody was last told of it, by what they were told of
-	mine    map[int32]int        // the partitions that run here; for a moment, one may run twice
 }
 
 // role is what a build that is kept up to date is for: the model's live build, or its previous one.
@@ -109,7 +111,7 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 		c.Logger = slog.Default()
 	}
 	e := &Engine{Config: c, pool: pool, bulk: bulkLimits, turns: map[role]*turns{}, kept: map[role]*keptBuild{},
-		helping: semaphore.NewWeighted(helpers), changed: make(chan struct{}), warned: map[string]time.Time{}, mine: map[int32]int{}}
+		changed: make(chan struct{}), warned: map[string]time.Time{}}
 	for _, m := range c.Models {
 		e.turns[role{m.Name, live}], e.turns[role{m.Name, previous}] = newTurns(liveWriters), newTurns(previousWriters)
 	}
@@ -235,6 +237,10 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 		}
 		err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
 			if found { // somebody has dropped its table
+				if old.version > m.Version {
+					e.Logger.Warn("the table of a read model is gone, and a newer program's to be built anew", "model", m.Name, "build", old.id, "version", old.version)
+					return nil
+				}
 				tag, err := tx.Exec(ctx, "UPDATE wharf.builds SET state = 'retired', keep_until = now() WHERE id = $1 AND state = 'live'", old.id)
 				if err != nil || tag.RowsAffected() == 0 { // a replay was quicker
 					return err
@@ -306,16 +312,33 @@ func unlock(ctx context.Context, conn *pgxpool.Conn, class, object int32) {
 	}
 }
 
-// Run does until ctx ends what is not of one partition: it watches out for builds that were swapped in (which all tasks
-// of this engine wait for: without Run none of them runs), drops old ones, and builds anew the read models whose
-// definition has a higher version than the live build, and helps out while programs of two versions share the partitions.
-// It returns nil.
-func (e *Engine) Run(ctx context.Context) error {
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	wg.Go(func() { e.upgrade(ctx) })
-	wg.Go(func() { e.verifyNowAndThen(ctx) })
-	wg.Go(func() { e.help(ctx) })
+// Run runs the tasks that share gives this process, on the live and the previous builds, until ctx ends. It watches out for builds
+// that were swapped in, drops old ones, and builds anew the read models whose definition has a higher version than the live build.
+// Postgres or Kafka being away is waited for. It returns nil, or what share returns.
+//
+// A task that meets an error which only people can mend (a gap in a topic) halts: it says so in the log and in wharf_read.builds,
+// and goes on when its build is swapped or it is started anew; the others are not held up.
+func (e *Engine) Run(ctx context.Context, share Share) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { e.watch(ctx); return nil })
+	group.Go(func() error { e.upgrade(ctx); return nil })
+	group.Go(func() error { e.verifyNowAndThen(ctx); return nil })
+	for _, m := range e.Models {
+		group.Go(func() error {
+			return share(ctx, Group(m), m.Topics, func(ctx context.Context, partition int32) {
+				var wg sync.WaitGroup
+				for _, state := range []string{live, previous} {
+					wg.Go(func() { e.runTask(ctx, m, partition, state) })
+				}
+				wg.Wait()
+			})
+		})
+	}
+	return group.Wait()
+}
+
+// watch looks which builds there are, and sweeps those that are not needed any more.
+func (e *Engine) watch(ctx context.Context) {
 	sweeping := time.NewTicker(max(e.Grace/4, 10*time.Millisecond))
 	defer sweeping.Stop()
 	polling := time.NewTicker(e.Poll)
@@ -330,7 +353,7 @@ func (e *Engine) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			e.forget()
-			return nil
+			return
 		case <-polling.C:
 		case <-sweeping.C:
 			if err := e.sweep(ctx); err != nil && ctx.Err() == nil {
@@ -408,27 +431,7 @@ func (e *Engine) current(ctx context.Context, m projections.Model, state string)
 	}
 }
 
-// RunPartition runs the tasks of all read models in the partition number, on the live and the previous builds, until ctx
-// ends; then it returns nil. Postgres or Kafka being away is waited for. A task that meets an error which only people can mend (a gap
-// in a topic) halts: it says so in the log and in wharf_read.builds, and goes on when its build is swapped or it is
-// started anew; the others are not held up.
-func (e *Engine) RunPartition(ctx context.Context, partition int32) error {
-	if partition < 0 || int(partition) >= e.Partitions {
-		return fmt.Errorf("there is no partition %d of %d", partition, e.Partitions)
-	}
-	count := func(n int) { e.mu.Lock(); e.mine[partition] += n; e.mu.Unlock() }
-	count(1)
-	defer count(-1)
-	var wg sync.WaitGroup
-	for _, m := range e.Models {
-		for _, state := range []string{live, previous} {
-			wg.Go(func() { e.runTask(ctx, m, partition, state) })
-		}
-	}
-	wg.Wait()
-	return nil
-}
-
+// runTask runs a task on whatever build has the role, until ctx ends.
 func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int32, state string) {
 	log := e.Logger.With("model", m.Name, "partition", partition)
 	retry := backoff{}
@@ -448,7 +451,7 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 			if !errors.Is(err, errOtherLog) || e.mayWarn(fmt.Sprint("another log, build ", b.id)) { // which all tasks are told
 				log.Error("a projection halts: it does not go on without help", "build", b.id, "err", err)
 			}
-			e.awaitRepair(whileKept, b.build, partition, t.epoch, err, log)
+			e.awaitRepair(whileKept, b.build, partition, t.epoch, err)
 		default:
 			if t.took > 0 { // it has stored something
 				retry = backoff{}
@@ -500,7 +503,7 @@ func (e *Engine) follow(ctx context.Context, m projections.Model, b build, parti
 }
 
 // awaitRepair shows everybody why the task is halted, and returns when somebody has repaired it since the epoch, or ctx ends.
-func (e *Engine) awaitRepair(ctx context.Context, b build, partition int32, epoch int64, halt error, log *slog.Logger) {
+func (e *Engine) awaitRepair(ctx context.Context, b build, partition int32, epoch int64, halt error) {
 	for {
 		var now int64
 		var shown string
@@ -510,23 +513,12 @@ func (e *Engine) awaitRepair(ctx context.Context, b build, partition int32, epoc
 		case now != epoch:
 			return
 		case shown != legible(halt.Error()) && !errors.Is(halt, errOtherLog): // or whoever ran the task before, and still did for a moment, has cleared it
-			e.recordHalt(ctx, b, partition, halt, log)
+			_, _ = e.pool.Exec(ctx, "UPDATE wharf.tasks SET error = $4 WHERE build = $1 AND partition = $2 AND epoch = $3",
+				b.id, partition, epoch, legible(halt.Error())) // or else the next time round
 		}
 		if !pause(ctx, 4*e.Poll) {
 			return
 		}
-	}
-}
-
-// recordHalt writes down why the task is halted, so that everybody can see it.
-func (e *Engine) recordHalt(ctx context.Context, b build, partition int32, halt error, log *slog.Logger) {
-	for retry := (backoff{}); ; {
-		_, err := e.pool.Exec(ctx, "UPDATE wharf.tasks SET error = $3 WHERE build = $1 AND partition = $2",
-			b.id, partition, legible(halt.Error()))
-		if err == nil || !retry.sleep(ctx) {
-			return
-		}
-		log.Debug("a halt cannot be written down, and is tried again", "err", err)
 	}
 }
 
@@ -555,13 +547,15 @@ func (e *Engine) upgrade(ctx context.Context) {
 					}
 				}
 				e.Logger.Info("building a read model anew", "model", m.Name, "from", b.version, "to", m.Version)
-				// The rows differ on purpose: how is said in the log.
-				err := e.replay(ctx, m, ReplayOptions{Force: true, upgrade: true}, func(p Progress) {
-					if p.Phase == PhaseSwapping && p.Comparison != nil && !p.Comparison.Same() {
-						e.Logger.Info("the new build of a read model differs from the live one", "model", m.Name,
-							"difference", p.Comparison.String())
-					}
-				})
+				err := e.ofThisLog(b.build)
+				if err == nil { // the rows differ on purpose: how is said in the log
+					err = e.replay(ctx, m, ReplayOptions{Force: true, upgrade: true}, func(p Progress) {
+						if p.Phase == PhaseSwapping && p.Comparison != nil && !p.Comparison.Same() {
+							e.Logger.Info("the new build of a read model differs from the live one", "model", m.Name,
+								"difference", p.Comparison.String())
+						}
+					})
+				}
 				if errors.Is(err, errUpgraded) { // another projector was quicker
 					err = nil
 				}
@@ -575,158 +569,4 @@ func (e *Engine) upgrade(ctx context.Context) {
 			}
 		})
 	}
-}
-
-// help keeps the live builds up to date while a rolling update is under way: some partitions belong to programs of another
-// version then, who cannot run these tasks. A task that does not move although there is more to read is brought on from
-// here; should its owner be able to run it after all, one of the two finds that its position has moved.
-func (e *Engine) help(ctx context.Context) {
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	for _, m := range e.Models {
-		wg.Go(func() {
-			var seen map[int32]standing // by partition
-			var of int64
-			for pause(ctx, helpEvery*e.Poll) {
-				e.mu.Lock()
-				b := e.kept[role{m.Name, live}]
-				e.mu.Unlock()
-				if b == nil || b.version != m.Version {
-					continue
-				}
-				if b.id != of {
-					seen, of = nil, b.id
-				}
-				others, patience, err := e.othersTasks(ctx, b.build, seen)
-				if seen = others; err == nil {
-					err = e.bring(b.ctx, ctx, m, b.build, others, patience)
-				}
-				if err != nil && ctx.Err() == nil && b.ctx.Err() == nil {
-					e.Logger.Debug("cannot help with a read model", "model", m.Name, "err", err)
-				}
-			}
-		})
-	}
-}
-
-// How often others are looked at, and how long a task may stand still until it is helped: while there is a build of another
-// version, which says that programs of two share the partitions, and else, when it may only be slow. In Config.Poll. What it costs is
-// a question to every leader twice a second for each read model, where other projectors are.
-const (
-	helpEvery         = 2
-	patienceAtTwo     = 2
-	patienceOtherwise = 10
-)
-
-// endTimeout is how long the end of a topic is waited for, helpers how many tasks of others are run at a time, and helpFor how long
-// each.
-const (
-	endTimeout = 500 * time.Millisecond
-	helpers    = 2
-	helpFor    = 5 * time.Second
-)
-
-// standing is a task that stands still.
-type standing struct {
-	offsets []int64
-	ends    []int64 // of its topics, when it was first seen there
-	since   time.Time
-}
-
-// othersTasks is where the tasks of others on the build stand, and how long they may. One that has moved, or that had nothing to
-// read, is seen for the first time.
-func (e *Engine) othersTasks(ctx context.Context, b build, before map[int32]standing) (
-	others map[int32]standing, patience time.Duration, err error,
-) {
-	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
-	defer cancel()
-	rows, err := e.pool.Query(ctx, `SELECT partition, offsets, EXISTS (SELECT FROM wharf.builds
-			WHERE model = $2 AND version <> $3 AND state IN ('building', 'previous'))
-		FROM wharf.tasks WHERE build = $1 AND error = ''`, b.id, b.model, b.version)
-	if err != nil {
-		return nil, 0, err
-	}
-	others = map[int32]standing{}
-	patience = patienceOtherwise * e.Poll
-	var p int32
-	var offsets []int64
-	var two bool
-	_, err = pgx.ForEachRow(rows, []any{&p, &offsets, &two}, func() error {
-		if two {
-			patience = patienceAtTwo * e.Poll
-		}
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		if e.mine[p] > 0 {
-			return nil
-		}
-		others[p] = before[p]
-		if at := (position{offsets: offsets}); !slices.Equal(before[p].offsets, offsets) || at.passed(before[p].ends) {
-			others[p] = standing{slices.Clone(offsets), make([]int64, len(offsets)), time.Time{}} // ends are not known yet
-		}
-		return nil
-	})
-	// Who has no leader does not hold up the others for long, and is asked about again.
-	ctx, enough := context.WithTimeout(ctx, endTimeout)
-	defer enough()
-	var asking sync.WaitGroup
-	for p, s := range others {
-		for i, topic := range b.topics {
-			if s.ends[i] <= s.offsets[i] {
-				asking.Go(func() {
-					if end, err := e.Source(topic).End(ctx, p); err == nil {
-						s.ends[i] = end
-					}
-				})
-			}
-		}
-	}
-	asking.Wait()
-	for p, s := range others {
-		if s.since.IsZero() {
-			s.since = time.Now()
-			others[p] = s
-		}
-	}
-	return others, patience, err
-}
-
-// bring runs the tasks that have stood still for too long to where their topics ended then.
-func (e *Engine) bring(
-	whileKept, ctx context.Context, m projections.Model, b build, others map[int32]standing, patience time.Duration,
-) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(whileKept, cancel)()
-	var errs []error
-	for p, s := range others {
-		if time.Since(s.since) < patience || (position{offsets: s.offsets}).passed(s.ends) {
-			continue
-		}
-		if err := e.helping.Acquire(ctx, 1); err != nil {
-			return err
-		}
-		errs = append(errs, e.bringOne(ctx, m, b, p, s))
-		e.helping.Release(1)
-	}
-	return errors.Join(errs...)
-}
-
-// bringOne runs a task if it still stands where it was seen. What it does until there is no more time stays.
-func (e *Engine) bringOne(ctx context.Context, m projections.Model, b build, p int32, s standing) error {
-	helping, enough := context.WithTimeout(ctx, helpFor)
-	defer enough()
-	t, err := e.load(helping, e.pool, m, b, p)
-	if err != nil || !slices.Equal(t.stored.offsets, s.offsets) {
-		return err
-	}
-	err = t.run(helping, s.ends)
-	if halt := new(haltError); errors.As(err, &halt) {
-		e.recordHalt(ctx, b, p, err, t.log)
-		return nil
-	}
-	if isCode(err, codeMoved) {
-		return nil
-	}
-	return err
 }

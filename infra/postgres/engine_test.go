@@ -512,3 +512,64 @@ func TestATurnThatIsNotTakenIsGivenBack(t *testing.T) {
 		t.Error("not all turns have been given back")
 	}
 }
+
+// When nearly everything is locked there are still connections for what is not.
+func TestALockOnNearlyEverythingHoldsUpNothingElse(t *testing.T) {
+	s := newShop()
+	s.stock(30)
+	for i := range 30 {
+		s.order(i, 1)
+	}
+	pool := openTest(t)
+	e := newEngine(t, pool, s)
+	start(t, e)
+	s.caughtUp(t, pool)
+	if err := e.Replay(t.Context(), allNames(e), ReplayOptions{}, func(Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	s.caughtUp(t, pool)
+	other := openURL(t, pool.Config().ConnString())
+	tx, err := other.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tx.Rollback(context.Background()) }()
+	all, err := builds(t.Context(), other, live, previous)
+	if err != nil {
+		t.Fatal(err)
+	}
+	free := e.Models[len(e.Models)-1]
+	for _, b := range all {
+		if b.model == free.Name {
+			continue
+		}
+		if _, err := tx.Exec(t.Context(), "LOCK TABLE "+b.table()+" IN ACCESS EXCLUSIVE MODE"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.stock(60)
+	for i := 30; i < 90; i++ {
+		s.order(i, 1)
+	}
+	looking := &Engine{pool: other}
+	eventually(t, "the read model that is not locked goes on", func() bool {
+		return s.behind(t, looking, free) == 0
+	})
+}
+
+// behind is how far the live build is behind. It does not read the table.
+func (s *shop) behind(t *testing.T, e *Engine, m projections.Model) (n int64) {
+	t.Helper()
+	b := liveOf(t, e, m.Name)
+	for p := range int32(partitions) {
+		offsets := one[[]int64](t, e.pool, "SELECT offsets FROM wharf.tasks WHERE build = $1 AND partition = $2", b.id, p)
+		for i, topic := range b.topics {
+			end, err := s.topics[topic].End(context.Background(), p)
+			if err != nil {
+				t.Fatal(err)
+			}
+			n += end - offsets[i]
+		}
+	}
+	return n
+}

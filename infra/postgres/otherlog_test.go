@@ -394,3 +394,18 @@ func TestARowThatAnIndexRefusesIsParkedByAReplay(t *testing.T) {
 		t.Errorf("%d records are left out, and were %d", after, before)
 	}
 }
+
+// In another Kafka all topics are other ones: that is said once a read model.
+func TestAnotherKafkaIsSaidOnce(t *testing.T) {
+	s := newShop()
+	pool, _ := s.projected(t, func(c *Config) { c.TopicIDs = ids("the first") })
+	status, err := projections.ReadStatus(t.Context(), pool, otherLags{testLags{s}, ids("the second")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, b := range status.Items {
+		if n := strings.Count(b.Error, "another topic"); n != 1 {
+			t.Errorf("%s says it %d times: %s", b.Name, n, b.Error)
+		}
+	}
+}

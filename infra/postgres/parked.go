@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promauto"
 
 	"wharf/domain"
+	"wharf/infra/journal"
 	"wharf/projections"
 )
 
@@ -345,7 +346,14 @@ func (e *Engine) discard(ctx context.Context, m projections.Model, position stri
 		return false, err
 	}
 	found = slices.ContainsFunc(before, func(d Discarded) bool { return d.Position == position })
+	at, err := journal.ParsePosition(position)
+	if err != nil {
+		return found, nil // no event has it
+	}
 	err = e.eachParked(ctx, m.Name, func(m projections.Model, b build, partition int32) error {
+		if partition != at.Partition {
+			return nil
+		}
 		return pgx.BeginFunc(ctx, e.pool, func(tx pgx.Tx) error {
 			if err := touchTask(ctx, tx, b, partition); err != nil {
 				return err

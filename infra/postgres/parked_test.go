@@ -664,3 +664,27 @@ func TestARepairWithoutItsLockDoesNothing(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Who gives up an event of one partition makes no task of another begin anew.
+func TestADiscardTouchesItsPartitionOnly(t *testing.T) {
+	s := newShop()
+	for i := range 20 {
+		s.raw(projections.InventoryTopic, fmt.Sprint("SKU", i), "stock.received.v1", `{"quantity": broken`)
+	}
+	pool, e := s.projected(t, func(c *Config) { c.Models = []projections.Model{projections.Stock} })
+	touched := "SELECT array_agg(partition) FROM wharf.tasks WHERE epoch > 0"
+	if before := one[[]int32](t, pool, touched); before != nil {
+		t.Fatal(before)
+	}
+	parked, err := e.Parked(t.Context(), "stock")
+	if err == nil {
+		err = e.DiscardParked(t.Context(), "stock", parked[0].Position)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	at, _ := journal.ParsePosition(parked[0].Position)
+	if diff := cmp.Diff([]int32{at.Partition}, one[[]int32](t, pool, touched)); diff != "" {
+		t.Error("these begin anew (-want +got):", diff)
+	}
+}

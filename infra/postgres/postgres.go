@@ -33,7 +33,7 @@ const (
 )
 
 // Open connects to the database for the engine, as its owner. A database that does not answer is waited for until ctx
-// ends. The pool may have 24 connections, for three writers of every read model and those who help others; pool_max_conns in the URL asks
+// ends. The pool may have 24 connections, for three writers of every read model and what looks after them; pool_max_conns in the URL asks
 // for more. Commits do not wait for the disk: rows and positions are lost together or not at all.
 func Open(ctx context.Context, url string) (*pgxpool.Pool, error) {
 	return open(ctx, url, "owner", func(c *pgxpool.Config) {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -306,8 +305,12 @@ func (r *replay) canComeBack(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if why, err := pgx.CollectRows(halted, pgx.RowTo[string]); err != nil || len(why) > 0 {
-		return errors.Join(err, fmt.Errorf("the previous build %d is halted: %s", r.build.id, strings.Join(why, "")))
+	why, err := pgx.CollectRows(halted, pgx.RowTo[string])
+	if err != nil {
+		return err
+	}
+	if len(why) > 0 {
+		return fmt.Errorf("the previous build %d is halted: %s", r.build.id, why[0])
 	}
 	old, _, err := r.livePositions(ctx, r.conn, "")
 	if err != nil {
@@ -587,14 +590,27 @@ func (r *replay) advance(ctx context.Context, until [][]int64) error {
 					}
 					return err
 				}
-				// A projector keeps the build up to date, too: it is a previous one.
-				if err := t.reload(ctx); err != nil {
+				// A projector keeps the build up to date, too: it is a previous one, or was.
+				err = t.reload(ctx)
+				if err == nil {
+					err = r.stillAside(ctx)
+				}
+				if err != nil {
 					return err
 				}
 			}
 		})
 	}
 	return g.Wait()
+}
+
+// stillAside is errSwapped if the build is nobody's to bring on any more: it has retired, or queries read it.
+func (r *replay) stillAside(ctx context.Context) error {
+	tag, err := r.pool.Exec(ctx, "SELECT FROM wharf.builds WHERE id = $1 AND state NOT IN ('live', 'retired')", r.build.id)
+	if err == nil && tag.RowsAffected() == 0 {
+		return errSwapped
+	}
+	return err
 }
 
 var errTooSlow = errors.New("the new build does not catch up with the live one")

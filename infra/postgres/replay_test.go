@@ -846,3 +846,40 @@ func TestALockOnThePreviousBuildHoldsUpNoOther(t *testing.T) {
 		}
 	}
 }
+
+// A rollback whose build retires while it is brought up says so, and does not go round and round.
+func TestARollbackOfWhatRetiresEnds(t *testing.T) {
+	s := newShop()
+	s.stock(40)
+	pool, e := s.projected(t, func(c *Config) { c.Models, c.Keep = []projections.Model{projections.Stock}, 50*time.Millisecond })
+	if err := e.Replay(t.Context(), []string{"stock"}, ReplayOptions{}, func(Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	at := s.tell("MUG", inventory.Received{Quantity: 1})
+	task, err := e.load(t.Context(), pool, projections.Stock, liveOf(t, e, "stock"), at.Partition)
+	if err == nil {
+		err = task.run(t.Context(), []int64{at.Seq})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	var reads atomic.Int64
+	e.Source = func(topic string) journal.Reader {
+		return before{s.reader(topic), func(ctx context.Context) error {
+			if reads.Add(1) > 1 {
+				return nil
+			}
+			for { // it takes longer than the build is kept
+				if err := e.sweep(ctx); err != nil {
+					return err
+				}
+				if one[int](t, pool, "SELECT count(*) FROM wharf.builds WHERE state = 'previous'") == 0 || !pause(ctx, time.Millisecond) {
+					return nil
+				}
+			}
+		}}
+	}
+	if err := e.Rollback(t.Context(), "stock", func(Progress) {}); !errors.Is(err, errSwapped) && !errors.Is(err, ErrNoPrevious) {
+		t.Errorf("it says %v", err)
+	}
+}

@@ -177,21 +177,31 @@ func start(t testing.TB, e *Engine) (stop func()) {
 // startIn is start in some partitions.
 func startIn(t testing.TB, e *Engine, partitions ...int32) (stop func()) {
 	t.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
+	return startWith(t, e, func(ctx context.Context, _ string, _ []string, owned func(context.Context, int32)) error {
+		runIn(ctx, owned, partitions...)
+		return nil
+	})
+}
+
+func runIn(ctx context.Context, owned func(context.Context, int32), partitions ...int32) {
 	var wg sync.WaitGroup
-	wg.Go(func() {
-		if err := e.Run(ctx); err != nil {
+	for _, p := range partitions {
+		wg.Go(func() { owned(ctx, p) })
+	}
+	wg.Wait()
+}
+
+func startWith(t testing.TB, e *Engine, share Share) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	ran := make(chan struct{})
+	go func() {
+		defer close(ran)
+		if err := e.Run(ctx, share); err != nil {
 			t.Error(err)
 		}
-	})
-	for _, p := range partitions {
-		wg.Go(func() {
-			if err := e.RunPartition(ctx, p); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-	stop = func() { cancel(); wg.Wait() }
+	}()
+	stop = func() { cancel(); <-ran }
 	t.Cleanup(stop)
 	return stop
 }

@@ -1,8 +1,12 @@
 package postgres
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"log/slog"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"wharf/domain"
@@ -11,15 +15,36 @@ import (
 	"wharf/projections"
 )
 
-// During a rolling update some partitions belong to programs of the old version and some to those of the new one, which can
-// only run their own builds' tasks: live rows are up to date all the same, before the swap and after it.
+// groups share partitions out as a group of Kafka may: who was there first has all of them until it goes.
+type groups struct{ sync.Map }
+
+func (g *groups) share(ctx context.Context, name string, _ []string, owned func(context.Context, int32)) error {
+	made, _ := g.LoadOrStore(name, make(chan struct{}, 1))
+	turn := made.(chan struct{})
+	select {
+	case <-ctx.Done():
+		return nil
+	case turn <- struct{}{}:
+	}
+	defer func() { <-turn }()
+	var all sync.WaitGroup
+	for p := range int32(partitions) {
+		all.Go(func() { owned(ctx, p) })
+	}
+	all.Wait()
+	return nil
+}
+
+// During a rolling update there are programs of the old version and of the new one, which can only run their own builds' tasks:
+// live rows are up to date all the same, before the swap and after it, and when the update is taken back.
 func TestTheLiveBuildIsUpToDateDuringARollingUpdate(t *testing.T) {
 	older, newer := projections.Shipments, projections.Shipments
 	newer.Version++
 	with := func(m projections.Model) func(*Config) {
-		return func(c *Config) { c.Models = []projections.Model{m} }
+		return func(c *Config) { c.Models = []projections.Model{m, projections.Stock} }
 	}
 	s := newShop()
+	s.stock(10)
 	told := 0
 	more := func() {
 		for range 30 { // some in every partition
@@ -29,13 +54,10 @@ func TestTheLiveBuildIsUpToDateDuringARollingUpdate(t *testing.T) {
 	}
 	more()
 	pool := openTest(t)
+	var kafka groups
 	e1 := newEngine(t, pool, s, with(older))
-	startIn(t, e1, 0, 1, 2, 3, 4, 5)
-	// Somebody replays the old version, so that there is no build of the new one.
-	_, end, err := e1.begin(t.Context(), older, func(Progress) {}, forReplay)
-	if err != nil {
-		t.Fatal(err)
-	}
+	startWith(t, e1, kafka.share)
+	stop := startWith(t, newEngine(t, openURL(t, pool.Config().ConnString()), s, with(older)), kafka.share)
 	exec := func(sql string) {
 		t.Helper()
 		if _, err := pool.Exec(context.Background(), sql); err != nil {
@@ -47,17 +69,20 @@ func TestTheLiveBuildIsUpToDateDuringARollingUpdate(t *testing.T) {
 		IF NEW.state = 'live' THEN RAISE EXCEPTION 'not yet'; END IF; RETURN NEW; END $$`)
 	exec("CREATE TRIGGER wait BEFORE UPDATE ON wharf.builds FOR EACH ROW EXECUTE FUNCTION wait()")
 	e2 := newEngine(t, openURL(t, pool.Config().ConnString()), s, with(newer))
-	startIn(t, e2, 6, 7, 8, 9, 10, 11)
-	more()
-	s.caughtUp(t, pool)
-	err = errors.New("it is given up")
-	end(&err)
+	startWith(t, e2, kafka.share)
 	more()
 	s.caughtUp(t, pool)
 	exec("DROP FUNCTION wait CASCADE")
-	eventually(t, "the new version is live", func() bool {
-		return one[int](t, pool, "SELECT version FROM wharf.builds WHERE state = 'live'") == newer.Version
-	})
+	version := "SELECT version FROM wharf.builds WHERE model = 'shipments' AND state = 'live'"
+	eventually(t, "the new version is live", func() bool { return one[int](t, pool, version) == newer.Version })
+	stop() // one of the old programs is gone
+	more()
+	s.caughtUp(t, pool)
+	if err := e1.Rollback(t.Context(), "shipments", func(Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	more()
+	eventually(t, "the new version is live again", func() bool { return one[int](t, pool, version) == newer.Version })
 	more()
 	s.caughtUp(t, pool)
 	// Now there is no build of the old version any more.
@@ -68,6 +93,52 @@ func TestTheLiveBuildIsUpToDateDuringARollingUpdate(t *testing.T) {
 	s.caughtUp(t, pool)
 	if n := one[int](t, pool, "SELECT count(*) FROM wharf_read.shipments"); n != told {
 		t.Errorf("there are %d shipments of %d", n, told)
+	}
+}
+
+// A start of an older program does not replace a newer program's build whose table is gone.
+func TestAnOlderProgramReplacesNothingNewer(t *testing.T) {
+	newer := projections.Stock
+	newer.Version++
+	s := newShop()
+	s.stock(10)
+	pool, e := s.projected(t, func(c *Config) { c.Models = []projections.Model{newer} })
+	if _, err := pool.Exec(t.Context(), "DROP TABLE "+liveOf(t, e, "stock").table()+" CASCADE"); err != nil {
+		t.Fatal(err)
+	}
+	newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{projections.Stock} })
+	if b := liveOf(t, e, "stock"); b.version != newer.Version {
+		t.Errorf("the live build is of version %d", b.version)
+	}
+}
+
+// told counts the lines of a log that say that something is tried again.
+type told struct{ atomic.Int64 }
+
+func (n *told) Write(line []byte) (int, error) {
+	if bytes.Contains(line, []byte("is tried again")) {
+		n.Add(1)
+	}
+	return len(line), nil
+}
+
+// An upgrade that cannot be, because the topics are others than the live build was made of, makes no builds again and again.
+func TestAnUpgradeThatCannotBeMakesNoBuilds(t *testing.T) {
+	newer := projections.Stock
+	newer.Version++
+	s := newShop()
+	s.stock(10)
+	pool, _ := s.projected(t, func(c *Config) { c.Models, c.TopicIDs = []projections.Model{projections.Stock}, ids("the first") })
+	made := "SELECT last_value FROM wharf.builds_id_seq"
+	before := one[int64](t, pool, made)
+	var tries told
+	start(t, newEngine(t, pool, s, func(c *Config) {
+		c.Models, c.TopicIDs = []projections.Model{newer}, ids("the second")
+		c.Logger = slog.New(slog.NewTextHandler(&tries, nil))
+	}))
+	eventually(t, "it has been tried three times", func() bool { return tries.Load() >= 3 })
+	if n := one[int64](t, pool, made) - before; n > 0 {
+		t.Errorf("%d builds were made", n)
 	}
 }
 
