@@ -496,6 +496,7 @@ func TestALockOnOneReadModelHoldsUpNoOther(t *testing.T) {
 
 // A swap whose last catching up was too slow begins once more, with all of its tasks or not at all.
 func TestASwapHasAllOfItsTasks(t *testing.T) {
+	t.Parallel()
 	s := newShop()
 	for i := range 40 {
 		s.order(i, 2)
@@ -665,6 +666,7 @@ func TestTheLiveBuildDoesNotWaitForAnOldOneToBeDropped(t *testing.T) {
 // A live build that has read more than there is (the topic lost records, or was made anew) is told of, not waited for; and
 // --force builds of what there is.
 func TestALogThatHasLostItsEnd(t *testing.T) {
+	t.Parallel()
 	s := newShop()
 	s.stock(40)
 	pool, e := s.projected(t)

@@ -128,6 +128,7 @@ func TestADifferenceIsShownWhereItBegins(t *testing.T) {
 
 // Verifications hold while orders come in and projectors come and go.
 func TestAVerificationHoldsWhileEverythingMoves(t *testing.T) {
+	t.Parallel()
 	s := newShop()
 	s.stock(100)
 	s.order(0, 3)
@@ -153,7 +154,7 @@ func TestAVerificationHoldsWhileEverythingMoves(t *testing.T) {
 	})
 	checker := newEngine(t, openURL(t, pool.Config().ConnString()), s, func(c *Config) {
 		c.Source = func(topic string) journal.Reader { // it takes its time, in which others move on
-			return before{s.reader(topic), func(ctx context.Context) error { pause(ctx, 20*time.Millisecond); return nil }}
+			return before{s.reader(topic), func(ctx context.Context) error { pause(ctx, 5*time.Millisecond); return nil }}
 		}
 	})
 	for range 3 {
