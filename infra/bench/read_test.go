@@ -316,7 +316,8 @@ func TestQueryByID(t *testing.T) {
 	for range 1000 {
 		ids = append(ids, l.orders[rand.IntN(len(l.orders))].String())
 	}
-	api := l.api(t, pool)
+	query := queryPool(t, pool)
+	api := l.api(t, query)
 	wharf := filepath.Join(t.TempDir(), "wharf")
 	if out, err := exec.Command("go", "build", "-o", wharf, "../../cmd/wharf").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -326,9 +327,11 @@ func TestQueryByID(t *testing.T) {
 			c := client{Callers: n, Orders: ids}
 			own := serveFor(t, api, c)
 			plain := serveFor(t, plainGet, c)
-			raw := rawGet(t, pool, n, ids)
-			results.add(row{measure: "GET /orders/{id}/s, beside plain GET and SELECT", callers: n, least: 0.70}, own.rate,
-				1/(1/plain.rate+1/raw.rate))
+			raw := rawGet(t, query, n, ids)
+			bare := serveFor(t, bareGet(query), c)
+			limit := 1 / (1/plain.rate + 1/raw.rate)
+			results.add(row{measure: "GET /orders/{id}/s, beside plain GET and SELECT", callers: n, least: 0.70}, own.rate, limit)
+			results.add(row{measure: "  the SELECT in a bare handler/s, beside the same", callers: n}, bare.rate, limit)
 		}
 		// At a rate that leaves room, or else a replay could only be paid for by queries.
 		c := client{Callers: openCallers, Rate: 500, Orders: ids}
@@ -364,14 +367,20 @@ func (l *told) command(ctx context.Context, wharf string, pool *pgxpool.Pool, ar
 	return c
 }
 
-// api is the query service's, on a pool like its own.
-func (l *told) api(t *testing.T, owner *pgxpool.Pool) http.Handler {
+// queryPool is like the query service's.
+func queryPool(t *testing.T, owner *pgxpool.Pool) *pgxpool.Pool {
 	t.Helper()
 	pool, err := postgres.OpenQuery(t.Context(), owner.Config().ConnString())
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(pool.Close)
+	return pool
+}
+
+// api is the query service's.
+func (l *told) api(t *testing.T, pool *pgxpool.Pool) http.Handler {
+	t.Helper()
 	register := func(a huma.API) {
 		projections.Register(a, projections.Reads{DB: pool, Positions: postgres.NewPositions(pool)})
 	}

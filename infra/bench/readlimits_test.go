@@ -252,22 +252,11 @@ var sampleOrder = func() projections.Order {
 }()
 
 // rawGet selects the columns that the query answers, by primary key, as fast as it goes.
-func rawGet(t *testing.T, owner *pgxpool.Pool, callers int, ids []string) stat {
+func rawGet(t *testing.T, pool *pgxpool.Pool, callers int, ids []string) stat {
 	t.Helper()
-	pool, err := postgres.OpenQuery(t.Context(), owner.Config().ConnString())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer pool.Close()
 	s, err := drive(closed(callers), func(w int) error {
 		id := ids[(w*7919+int(time.Now().UnixNano()>>10))%len(ids)]
-		var o projections.Order
-		var lines []byte
-		err := pool.QueryRow(t.Context(), `SELECT customer, status, reason, total, currency, payment_version, shipment_status,
-			shipment_version, version, placed_at, updated_at, lines FROM wharf_read.orders WHERE id = $1`, id).Scan(&o.Customer,
-			&o.Status, &o.Reason, &o.Total.Amount, &o.Total.Currency, &o.Payment.Version, &o.Shipment.Status, &o.Shipment.Version,
-			&o.Version, &o.PlacedAt, &o.UpdatedAt, &lines)
-		if err != nil {
+		if _, err := selectOrder(t.Context(), pool, id); err != nil {
 			return fmt.Errorf("order %s: %w", id, err)
 		}
 		return nil
@@ -276,4 +265,28 @@ func rawGet(t *testing.T, owner *pgxpool.Pool, callers int, ids []string) stat {
 		t.Fatal(err)
 	}
 	return s
+}
+
+func selectOrder(ctx context.Context, pool *pgxpool.Pool, id string) (lines []byte, err error) {
+	var o projections.Order
+	err = pool.QueryRow(ctx, `SELECT customer, status, reason, total, currency, payment_version, shipment_status,
+		shipment_version, version, placed_at, updated_at, lines FROM wharf_read.orders WHERE id = $1`, id).Scan(&o.Customer,
+		&o.Status, &o.Reason, &o.Total.Amount, &o.Total.Currency, &o.Payment.Version, &o.Shipment.Status, &o.Shipment.Version,
+		&o.Version, &o.PlacedAt, &o.UpdatedAt, &lines)
+	return lines, err
+}
+
+// bareGet selects an order and answers with its lines as they are stored: what both limits of a query come to in one process.
+func bareGet(pool *pgxpool.Pool) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /orders/{id}", func(w http.ResponseWriter, r *http.Request) {
+		lines, err := selectOrder(r.Context(), pool, r.PathValue("id"))
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = w.Write(lines)
+	})
+	return mux
 }
