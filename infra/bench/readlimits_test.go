@@ -173,8 +173,9 @@ func (w *written) copy(t *testing.T, l *told, m projections.Model) time.Duration
 }
 
 // rawVisible publishes records of the size of an order that was placed, and consumes them in a bare loop, which writes a
-// row of each, as many as have come in a transaction.
-func rawVisible(t *testing.T, perSecond float64) stat {
+// row of each, as many as have come in a transaction. With a relay, they are published to a topic from which a bare loop publishes
+// them again, as Wharf's journal is, and each is seen by a SELECT.
+func rawVisible(t *testing.T, perSecond float64, relay bool) stat {
 	l := tellOrders(t, 0)
 	pool := newDatabase(t)
 	_, err := pool.Exec(t.Context(), "CREATE TABLE raw (id text PRIMARY KEY, data json, n bigint); CREATE TABLE checkpoint (partition int PRIMARY KEY, n bigint)")
@@ -220,6 +221,16 @@ func rawVisible(t *testing.T, perSecond float64) stat {
 		})
 	}
 	log := l.client.PublicLog(projections.OrdersTopic)
+	if relay {
+		l.broker.topics(t, l.client, "orders.relayed")
+		public := log
+		log = l.client.PublicLog("orders.relayed")
+		for p := range int32(partitions) {
+			all.Go(func() {
+				_ = log.Read(ctx, p, 0, func(b journal.Batch) error { return public.AppendBatch(ctx, p, b.Records) })
+			})
+		}
+	}
 	value := placeCommand().sample.Value
 	return wait(t, perSecond, func() (func() error, error) {
 		id := uuid.NewString()
@@ -228,7 +239,11 @@ func rawVisible(t *testing.T, perSecond float64) stat {
 		return func() error {
 			select {
 			case <-when(id):
-				return nil
+				if !relay {
+					return nil
+				}
+				var n int64
+				return pool.QueryRow(t.Context(), "SELECT n FROM raw WHERE id = $1", id).Scan(&n)
 			case <-time.After(time.Minute):
 				return errors.New("an order was not consumed")
 			}

@@ -149,8 +149,9 @@ func (p *Positions) ask() {
 				close(w.looked)
 			}
 		}
-		// As long as the answer took; and when all have waited for long, they can wait for an eighth more.
-		rest := time.Since(began)
+		// A quarter of what the answer took, which leaves some of the database to others; and when all have waited for long, they can
+		// wait for an eighth more.
+		rest := time.Since(began) / 4
 		if len(p.waiting) > 0 {
 			rest = max(rest, time.Since(p.joined)/8)
 		}
