@@ -546,9 +546,10 @@ func (e *Engine) upgrade(ctx context.Context) {
 						return
 					}
 				}
-				e.Logger.Info("building a read model anew", "model", m.Name, "from", b.version, "to", m.Version)
 				err := e.ofThisLog(b.build)
-				if err == nil { // the rows differ on purpose: how is said in the log
+				if err == nil {
+					e.Logger.Info("building a read model anew", "model", m.Name, "from", b.version, "to", m.Version)
+					// The rows differ on purpose: how is said in the log.
 					err = e.replay(ctx, m, ReplayOptions{Force: true, upgrade: true}, func(p Progress) {
 						if p.Phase == PhaseSwapping && p.Comparison != nil && !p.Comparison.Same() {
 							e.Logger.Info("the new build of a read model differs from the live one", "model", m.Name,
