@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/google/uuid"
 	"golang.org/x/sync/errgroup"
 
 	"wharf/infra/journal"
@@ -21,6 +22,10 @@ type projectorCmd struct {
 	addrFlag
 	projectionFlags
 }
+
+// deadProjector is how long the tasks of a projector that has died stand still: the least that Kafka allows. Should it live, nothing is
+// written twice.
+const deadProjector = 6 * time.Second
 
 // projectionFlags say how read models are kept.
 type projectionFlags struct {
@@ -51,7 +56,13 @@ func (c *projectorCmd) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	client, err := kafka.Connect(ctx, kafka.Config{Brokers: c.KafkaBrokers, ClientID: "wharf-projector"})
+	client, err := kafka.Connect(ctx, kafka.Config{
+		Brokers: c.KafkaBrokers,
+		// A group shares partitions out in the order of its members' names: so all groups give this process the same ones, which it
+		// reads once.
+		ClientID:       "wharf-projector-" + uuid.NewString()[:8],
+		SessionTimeout: deadProjector,
+	})
 	if err != nil {
 		return err
 	}
@@ -75,6 +86,7 @@ func projectorPart(ctx context.Context, client *kafka.Client, url string, config
 		return part{}, err
 	}
 	return part{
+		ready: engine.Ready,
 		run: func(ctx context.Context) error {
 			defer closePool()
 			specs := make([]kafka.TopicSpec, len(projections.Topics))

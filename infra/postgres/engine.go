@@ -39,6 +39,7 @@ type Config struct {
 	Pace     int                 // events a second that these read at most; 20,000
 	Park     int                 // events of one task that may be parked; with more it halts; 10,000
 	Poll     time.Duration       // between looks for builds that others have swapped in; 250 ms
+	Lost     time.Duration       // how long the database may not answer until others get the tasks; 6 seconds
 	Logger   *slog.Logger
 }
 
@@ -61,7 +62,9 @@ type Engine struct {
 
 	mu      sync.Mutex
 	kept    map[role]*keptBuild
-	changed chan struct{}        // closed, and made anew, when kept changes
+	reach   context.Context      // ends when the database has not answered for Lost; nil until it has answered once
+	lose    context.CancelFunc   // ends it
+	changed chan struct{}        // closed, and made anew, when kept or reach changes
 	warned  map[string]time.Time // when somebody was last told of it, by what they were told of
 }
 
@@ -106,6 +109,9 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 	}
 	if c.Poll == 0 {
 		c.Poll = 250 * time.Millisecond
+	}
+	if c.Lost == 0 {
+		c.Lost = 6 * time.Second
 	}
 	if c.Logger == nil {
 		c.Logger = slog.Default()
@@ -314,27 +320,89 @@ func unlock(ctx context.Context, conn *pgxpool.Conn, class, object int32) {
 
 // Run runs the tasks that share gives this process, on the live and the previous builds, until ctx ends. It watches out for builds
 // that were swapped in, drops old ones, and builds anew the read models whose definition has a higher version than the live build.
-// Postgres or Kafka being away is waited for. It returns nil, or what share returns.
+// Postgres or Kafka being away is waited for; who does not reach Postgres lets others have its tasks. It returns nil, or what share
+// returns.
 //
 // A task that meets an error which only people can mend (a gap in a topic) halts: it says so in the log and in wharf_read.builds,
 // and goes on when its build is swapped or it is started anew; the others are not held up.
 func (e *Engine) Run(ctx context.Context, share Share) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { e.watch(ctx); return nil })
-	group.Go(func() error { e.upgrade(ctx); return nil })
 	group.Go(func() error { e.verifyNowAndThen(ctx); return nil })
 	for _, m := range e.Models {
+		has := make(chan struct{})
+		given := sync.OnceFunc(func() { close(has) })
 		group.Go(func() error {
-			return share(ctx, Group(m), m.Topics, func(ctx context.Context, partition int32) {
-				var wg sync.WaitGroup
-				for _, state := range []string{live, previous} {
-					wg.Go(func() { e.runTask(ctx, m, partition, state) })
+			select {
+			case <-has: // or a build would be swapped in that nobody runs yet: a new version's group is empty at first
+				e.upgrade(ctx, m)
+			case <-ctx.Done():
+			}
+			return nil
+		})
+		group.Go(func() error {
+			for {
+				reaching := e.reaching(ctx)
+				if reaching == nil {
+					return nil
 				}
-				wg.Wait()
-			})
+				err := share(reaching, Group(m), m.Topics, func(ctx context.Context, partition int32) {
+					given()
+					var wg sync.WaitGroup
+					for _, state := range []string{live, previous} {
+						wg.Go(func() { e.runTask(ctx, m, partition, state) })
+					}
+					wg.Wait()
+				})
+				if err != nil {
+					return err
+				}
+			}
 		})
 	}
 	return group.Wait()
+}
+
+// reaching waits until the database answers, and is for as long as it does; nil when ctx ends.
+func (e *Engine) reaching(ctx context.Context) context.Context {
+	for ctx.Err() == nil {
+		e.mu.Lock()
+		reach, changed := e.reach, e.changed
+		e.mu.Unlock()
+		if reach != nil && reach.Err() == nil {
+			return reach
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+		}
+	}
+	return nil
+}
+
+// Ready is nil when Run reaches the database.
+func (e *Engine) Ready() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.reach == nil || e.reach.Err() != nil {
+		return errors.New("the projector does not reach the database")
+	}
+	return nil
+}
+
+// reached notes that the database has answered, in ctx of Run.
+func (e *Engine) reached(ctx context.Context) {
+	if e.Ready() == nil {
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.reach != nil {
+		e.Logger.Info("the database answers again")
+	}
+	e.reach, e.lose = context.WithCancel(ctx)
+	close(e.changed)
+	e.changed = make(chan struct{})
 }
 
 // watch looks which builds there are, and sweeps those that are not needed any more.
@@ -343,10 +411,16 @@ func (e *Engine) watch(ctx context.Context) {
 	defer sweeping.Stop()
 	polling := time.NewTicker(e.Poll)
 	defer polling.Stop()
+	answered := time.Now()
 	for trouble := 0; ; {
 		err := e.look(ctx)
+		if err != nil && time.Since(answered) > e.Lost && e.Ready() == nil && ctx.Err() == nil {
+			e.Logger.Warn("the database has not answered for a while: others may run the tasks of this projector", "err", err)
+			e.lose()
+		}
 		if trouble++; err == nil {
-			trouble = 0
+			trouble, answered = 0, time.Now()
+			e.reached(ctx)
 		} else if trouble == 4 && ctx.Err() == nil {
 			e.Logger.Warn("the projector cannot see which builds are live, and tries again", "err", err)
 		}
@@ -522,52 +596,46 @@ func (e *Engine) awaitRepair(ctx context.Context, b build, partition int32, epoc
 	}
 }
 
-// upgrade builds anew what is defined in a higher version than the live build's. A lower one is left alone: it means
-// that a newer program is at work.
-func (e *Engine) upgrade(ctx context.Context) {
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	for _, m := range e.Models {
-		wg.Go(func() {
-			for retry := (backoff{}); ; {
-				e.mu.Lock()
-				b, changed := e.kept[role{m.Name, live}], e.changed
-				e.mu.Unlock()
-				if b == nil || b.version >= m.Version {
-					if b != nil && b.version > m.Version {
-						e.Logger.Warn("the live build is of a newer definition, and is left alone",
-							"model", m.Name, "live", b.version, "ours", m.Version)
-					}
-					retry = backoff{}
-					select {
-					case <-changed:
-						continue
-					case <-ctx.Done():
-						return
-					}
-				}
-				err := e.ofThisLog(b.build)
-				if err == nil {
-					e.Logger.Info("building a read model anew", "model", m.Name, "from", b.version, "to", m.Version)
-					// The rows differ on purpose: how is said in the log.
-					err = e.replay(ctx, m, ReplayOptions{Force: true, upgrade: true}, func(p Progress) {
-						if p.Phase == PhaseSwapping && p.Comparison != nil && !p.Comparison.Same() {
-							e.Logger.Info("the new build of a read model differs from the live one", "model", m.Name,
-								"difference", p.Comparison.String())
-						}
-					})
-				}
-				if errors.Is(err, errUpgraded) { // another projector was quicker
-					err = nil
-				}
-				if err != nil && !errors.Is(err, ErrReplaying) && ctx.Err() == nil {
-					e.Logger.Error("building a read model anew failed, and is tried again", "model", m.Name, "err", err)
-				}
-				// Also after an error: the answer to a swap may have been lost.
-				if err = errors.Join(err, e.look(ctx)); err != nil && !retry.sleep(ctx) {
-					return
-				}
+// upgrade builds the read model anew whenever its definition has a higher version than the live build. A lower one is left alone:
+// it means that a newer program is at work.
+func (e *Engine) upgrade(ctx context.Context, m projections.Model) {
+	for retry := (backoff{}); ; {
+		e.mu.Lock()
+		b, changed := e.kept[role{m.Name, live}], e.changed
+		e.mu.Unlock()
+		if b == nil || b.version >= m.Version {
+			if b != nil && b.version > m.Version {
+				e.Logger.Warn("the live build is of a newer definition, and is left alone",
+					"model", m.Name, "live", b.version, "ours", m.Version)
 			}
-		})
+			retry = backoff{}
+			select {
+			case <-changed:
+				continue
+			case <-ctx.Done():
+				return
+			}
+		}
+		err := e.ofThisLog(b.build)
+		if err == nil {
+			e.Logger.Info("building a read model anew", "model", m.Name, "from", b.version, "to", m.Version)
+			// The rows differ on purpose: how is said in the log.
+			err = e.replay(ctx, m, ReplayOptions{Force: true, upgrade: true}, func(p Progress) {
+				if p.Phase == PhaseSwapping && p.Comparison != nil && !p.Comparison.Same() {
+					e.Logger.Info("the new build of a read model differs from the live one", "model", m.Name,
+						"difference", p.Comparison.String())
+				}
+			})
+		}
+		if errors.Is(err, errUpgraded) { // another projector was quicker
+			err = nil
+		}
+		if err != nil && !errors.Is(err, ErrReplaying) && ctx.Err() == nil {
+			e.Logger.Error("building a read model anew failed, and is tried again", "model", m.Name, "err", err)
+		}
+		// Also after an error: the answer to a swap may have been lost.
+		if err = errors.Join(err, e.look(ctx)); err != nil && !retry.sleep(ctx) {
+			return
+		}
 	}
 }

@@ -881,7 +881,9 @@ func TestARollbackOfWhatRetiresEnds(t *testing.T) {
 			}
 		}}
 	}
-	if err := e.Rollback(t.Context(), "stock", func(Progress) {}); !errors.Is(err, errSwapped) && !errors.Is(err, ErrNoPrevious) {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := e.Rollback(ctx, "stock", func(Progress) {}); !errors.Is(err, errSwapped) && !errors.Is(err, ErrNoPrevious) {
 		t.Errorf("it says %v", err)
 	}
 }

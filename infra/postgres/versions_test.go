@@ -96,6 +96,35 @@ func TestTheLiveBuildIsUpToDateDuringARollingUpdate(t *testing.T) {
 	}
 }
 
+// A new version is not built before its group has given somebody a task: until then nobody would run the new build.
+func TestAnUpgradeWaitsForItsGroup(t *testing.T) {
+	newer := projections.Stock
+	newer.Version++
+	s := newShop()
+	s.stock(30)
+	pool := openTest(t)
+	var kafka groups
+	startWith(t, newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{projections.Stock} }), kafka.share)
+	s.caughtUp(t, pool)
+	e := newEngine(t, openURL(t, pool.Config().ConnString()), s, func(c *Config) { c.Models = []projections.Model{newer} })
+	made := one[int64](t, pool, "SELECT last_value FROM wharf.builds_id_seq")
+	startWith(t, e, func(ctx context.Context, name string, topics []string, owned func(context.Context, int32)) error {
+		eventually(t, "it sees the live build", func() bool {
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			return e.kept[role{"stock", live}] != nil
+		})
+		pause(ctx, 4*e.Poll) // Kafka gives an empty group's tasks to nobody for a while
+		if n := one[int64](t, pool, "SELECT last_value FROM wharf.builds_id_seq") - made; n > 0 {
+			t.Errorf("%d builds were made before", n)
+		}
+		return kafka.share(ctx, name, topics, owned)
+	})
+	eventually(t, "the new version is live", func() bool { return liveOf(t, e, "stock").version == newer.Version })
+	s.stock(60)
+	s.caughtUp(t, pool)
+}
+
 // A start of an older program does not replace a newer program's build whose table is gone.
 func TestAnOlderProgramReplacesNothingNewer(t *testing.T) {
 	newer := projections.Stock
