@@ -4,6 +4,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/IBM/sarama"
 	"github.com/twmb/franz-go/pkg/kfake"
@@ -114,6 +115,26 @@ lines:
 	t.Errorf("%v\nhas no line with %q", err, words)
 }
 
+// awaitPoll waits until the reader has asked for what comes from the offset on.
+func awaitPoll(t *testing.T, r *Reader, from int64) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		r.mu.Lock()
+		for _, n := range r.nodes {
+			for _, a := range n.asked[0] {
+				if a.from == from {
+					r.mu.Unlock()
+					return
+				}
+			}
+		}
+		r.mu.Unlock()
+		if time.Now().After(deadline) {
+			t.Fatal("nobody asks")
+		}
+	}
+}
+
 // A topic that was deleted and made anew is found out, whether it is shorter by then than what was read of the old one
 // or longer, and nothing of it is taken for the old one's.
 func TestATopicMadeAnew(t *testing.T) {
@@ -140,6 +161,7 @@ func TestATopicMadeAnew(t *testing.T) {
 				})
 			}()
 			<-read
+			awaitPoll(t, c.Reader(specs[0].Name), 10)
 			makeAnew(t, other, specs[0])
 			if records > 0 {
 				appendAll(t, other.PublicLog(specs[0].Name), 0, numbered(0, 0, records))
