@@ -115,22 +115,22 @@ lines:
 	t.Errorf("%v\nhas no line with %q", err, words)
 }
 
-// awaitPoll waits until the reader has asked for what comes from the offset on.
-func awaitPoll(t *testing.T, r *Reader, from int64) {
+// awaitPoll waits until the reader has asked for what comes from the offset on, or until it asks for nothing.
+func awaitPoll(t *testing.T, r *Reader, from int64, asked bool) {
 	t.Helper()
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+	polls := func() bool {
 		r.mu.Lock()
+		defer r.mu.Unlock()
 		for _, n := range r.nodes {
 			for _, a := range n.asked[0] {
-				if a.from == from {
-					r.mu.Unlock()
-					return
-				}
+				return a.from == from
 			}
 		}
-		r.mu.Unlock()
-		if time.Now().After(deadline) {
-			t.Fatal("nobody asks")
+		return false
+	}
+	for ctx := bounded(t); polls() != asked; time.Sleep(time.Millisecond) {
+		if ctx.Err() != nil {
+			t.Fatal("it never does")
 		}
 	}
 }
@@ -161,8 +161,9 @@ func TestATopicMadeAnew(t *testing.T) {
 				})
 			}()
 			<-read
-			awaitPoll(t, c.Reader(specs[0].Name), 10)
-			makeAnew(t, other, specs[0])
+			reader := c.Reader(specs[0].Name)
+			awaitPoll(t, reader, 10, true)
+			makeAnew(t, other, specs[0], func() { awaitPoll(t, reader, 10, false) }) // it gets an error
 			if records > 0 {
 				appendAll(t, other.PublicLog(specs[0].Name), 0, numbered(0, 0, records))
 			}
@@ -204,7 +205,7 @@ func TestAppendToATopicMadeAnew(t *testing.T) {
 	spec := TopicSpec{topic(t, c, 1), 1, 1}
 	log := c.PublicLog(spec.Name)
 	appendAll(t, log, 0, numbered(0, 0, 10))
-	makeAnew(t, other, spec)
+	makeAnew(t, other, spec, func() {})
 	c.mu.Lock()
 	known := c.known[spec.Name]
 	known.seen = known.seen.Add(-staleIdentity)
@@ -216,7 +217,7 @@ func TestAppendToATopicMadeAnew(t *testing.T) {
 	}
 }
 
-func makeAnew(t *testing.T, c *Client, spec TopicSpec) {
+func makeAnew(t *testing.T, c *Client, spec TopicSpec, deleted func()) {
 	a, err := sarama.NewClusterAdminFromClient(c.sarama)
 	if err != nil {
 		t.Fatal(err)
@@ -224,6 +225,7 @@ func makeAnew(t *testing.T, c *Client, spec TopicSpec) {
 	if err := a.DeleteTopic(spec.Name); err != nil {
 		t.Fatal(err)
 	}
+	deleted()
 	for ctx := bounded(t); ; { // the name is free some time later
 		err := a.CreateTopic(spec.Name, &sarama.TopicDetail{
 			NumPartitions: spec.Partitions, ReplicationFactor: spec.Replication, ConfigEntries: entries(spec),
