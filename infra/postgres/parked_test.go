@@ -349,7 +349,8 @@ func TestParkingIsBounded(t *testing.T) {
 	if err := e.DiscardParked(t.Context(), "shelf", at.String()); err != nil {
 		t.Fatal(err)
 	}
-	if done, err := e.RetryParked(t.Context(), "shelf", ""); err != nil || done != (Repaired{Applied: 4, Waiting: 0}) {
+	// By then the task may have noticed the discard, and parked one more.
+	if done, err := e.RetryParked(t.Context(), "shelf", ""); err != nil || done.Applied < 4 || done.Waiting > 0 {
 		t.Errorf("retried: %+v, %v", done, err)
 	}
 	s.caughtUp(t, pool)
