@@ -12,8 +12,8 @@ import (
 
 // RunGroup takes part in the consumer group, as one member with all the topics, and runs `owned` in a goroutine for
 // every partition number that this member holds of all of them, until another member has to get it: then ctx of that
-// call ends, and nobody else gets the partition before it has returned (but a member that falls silent, or takes too
-// long, is given up by the group: see Config.SessionTimeout). An owned that returns early is not called again until the group has shared
+// call ends, and nobody else gets the partition before it has returned (but a member that falls silent, or takes longer
+// than 10 s, is given up by the group). An owned that returns early is not called again until the group has shared
 // out its partitions anew.
 //
 // It returns nil when ctx ends, once every owned has returned and the group has been told, so that others take over at

@@ -44,9 +44,10 @@ const (
 
 // Times.
 const (
-	retryBackoff    = 50 * time.Millisecond // first pause between tries
-	retryBackoffMax = time.Second
-	readTimeout     = 15 * time.Second // longer than anything that a broker may hold back an answer for
+	retryBackoff     = 50 * time.Millisecond // first pause between tries
+	retryBackoffMax  = time.Second
+	readTimeout      = 15 * time.Second // longer than anything that a broker may hold back an answer for
+	rebalanceTimeout = 10 * time.Second // how long a member may take to let go of its partitions
 )
 
 // ErrClosed is the error of everything that is asked of a closed Client.
@@ -62,7 +63,7 @@ type Config struct {
 	Logger   *slog.Logger // default slog.Default()
 
 	ConnectTimeout time.Duration // how long Connect tries; default 10 s
-	SessionTimeout time.Duration // after which a silent group member is given up, and so is one that takes four fifths of it to let go; default 10 s
+	SessionTimeout time.Duration // after which a silent group member is given up; default 10 s
 	Heartbeat      time.Duration // of a group member, and so how fast it notices a rebalance; default 1 s
 
 	readTimeout time.Duration // of tests whose brokers do not answer, and that join no group
@@ -298,7 +299,7 @@ func saramaConfig(cfg Config) *sarama.Config {
 	c.Consumer.Group.ResetInvalidOffsets = false
 	c.Consumer.Group.Session.Timeout = cfg.SessionTimeout
 	c.Consumer.Group.Heartbeat.Interval = cfg.Heartbeat
-	c.Consumer.Group.Rebalance.Timeout = cfg.SessionTimeout * 4 / 5 // or the embedded broker gives up who waits for others
+	c.Consumer.Group.Rebalance.Timeout = rebalanceTimeout
 	c.Consumer.Group.Rebalance.Retry.Backoff = 200 * time.Millisecond
 	// Eager and by range: a member lets go of everything before anything is given to another, and gets the same
 	// partition numbers of every topic.
