@@ -26,6 +26,8 @@ import (
 
 const partitions = 12
 
+var allPartitions = []int32{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}
+
 // shop is the public topics in memory, and the streams that are told there.
 type shop struct {
 	topics map[string]*journal.Memory
@@ -167,11 +169,7 @@ func (s *shop) project(t testing.TB, e *Engine) {
 // start runs the engine in all partitions, until stop is called or the test ends.
 func start(t testing.TB, e *Engine) (stop func()) {
 	t.Helper()
-	var all []int32
-	for p := range int32(e.Partitions) {
-		all = append(all, p)
-	}
-	return startIn(t, e, all...)
+	return startIn(t, e, allPartitions...)
 }
 
 // startIn is start in some partitions.

@@ -27,11 +27,7 @@ func (g *groups) share(ctx context.Context, name string, _ []string, owned func(
 	case turn <- struct{}{}:
 	}
 	defer func() { <-turn }()
-	var all sync.WaitGroup
-	for p := range int32(partitions) {
-		all.Go(func() { owned(ctx, p) })
-	}
-	all.Wait()
+	runIn(ctx, owned, allPartitions...)
 	return nil
 }
 
