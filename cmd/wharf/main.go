@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"os/signal"
 	"strings"
@@ -50,6 +51,10 @@ const (
 	exitUsage       = 2
 	exitInterrupted = 130
 )
+
+// stopTimeout is for a program that was told to stop and waits for what does not answer: a Kafka that stands still, for one.
+// Requests are drained for half of it.
+const stopTimeout = 30 * time.Second
 
 // stdout is standard output. It remembers the first error, because a verdict that nobody got is a failure.
 var stdout = &output{}
@@ -100,8 +105,13 @@ func run(args []string) int {
 	go func() {
 		s := <-signals
 		cancel(interrupted{s})
-		<-signals // a second one does not wait
-		os.Exit(exitInterrupted)
+		select {
+		case <-signals: // a second one does not wait
+			os.Exit(exitInterrupted)
+		case <-time.After(stopTimeout):
+			fmt.Fprintf(os.Stderr, "wharf: not at an end %s after it was told to stop: leaving as if killed, which loses nothing\n", stopTimeout)
+			os.Exit(exitFailed)
+		}
 	}()
 	parsed.BindTo(ctx, (*context.Context)(nil))
 	if err = parsed.Run(); err == nil {
@@ -146,7 +156,20 @@ func (e usageError) Error() string { return string(e) }
 
 // brokersFlag, databaseFlag and addrFlag are flags that many programs have.
 type brokersFlag struct {
-	KafkaBrokers []string `name:"kafka-brokers" env:"WHARF_KAFKA_BROKERS" required:"" placeholder:"HOST:PORT" help:"Kafka's brokers."`
+	KafkaBrokers brokers `name:"kafka-brokers" env:"WHARF_KAFKA_BROKERS" required:"" placeholder:"HOST:PORT" help:"Kafka's brokers."`
+}
+
+// brokers is where Kafka is.
+type brokers []string
+
+// Validate implements kong's validation.
+func (b brokers) Validate() error {
+	for _, addr := range b {
+		if _, port, err := net.SplitHostPort(addr); err != nil || port == "" {
+			return fmt.Errorf("expected host:port, not %q", addr)
+		}
+	}
+	return nil
 }
 
 type databaseFlag struct {

@@ -19,8 +19,8 @@ import (
 
 // storesFlag names Kafka and Postgres, or a demo that has both.
 type storesFlag struct {
-	KafkaBrokers []string `name:"kafka-brokers" env:"WHARF_KAFKA_BROKERS" placeholder:"HOST:PORT" help:"Kafka's brokers; those of the running demo if not given."`
-	DatabaseURL  string   `name:"database-url" env:"WHARF_DATABASE_URL" placeholder:"URL" help:"The Postgres of the read models; that of the running demo if not given."`
+	KafkaBrokers brokers `name:"kafka-brokers" env:"WHARF_KAFKA_BROKERS" placeholder:"HOST:PORT" help:"Kafka's brokers; those of the running demo if not given."`
+	DatabaseURL  string  `name:"database-url" env:"WHARF_DATABASE_URL" placeholder:"URL" help:"The Postgres of the read models; that of the running demo if not given."`
 	demoFlag
 }
 

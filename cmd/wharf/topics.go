@@ -24,7 +24,7 @@ type demoFlag struct {
 }
 
 type topicsCreateCmd struct {
-	KafkaBrokers []string `name:"kafka-brokers" env:"WHARF_KAFKA_BROKERS" placeholder:"HOST:PORT" help:"Kafka's brokers; those of the running demo if not given."`
+	KafkaBrokers brokers `name:"kafka-brokers" env:"WHARF_KAFKA_BROKERS" placeholder:"HOST:PORT" help:"Kafka's brokers; those of the running demo if not given."`
 	demoFlag
 	partitionsFlag
 	ReplicationFactor int  `env:"WHARF_REPLICATION_FACTOR" default:"3" help:"Replicas of every partition."`
@@ -86,10 +86,10 @@ func brokersOf(named []string, dir string) (brokers []string, demo bool, err err
 }
 
 type topicsSkipCmd struct {
-	Topic        string   `arg:"" help:"The journal, such as orders.journal."`
-	Partition    int32    `arg:"" help:"The partition that has halted."`
-	Offset       int64    `arg:"" help:"The offset of the record that it has halted on."`
-	KafkaBrokers []string `name:"kafka-brokers" env:"WHARF_KAFKA_BROKERS" placeholder:"HOST:PORT" help:"Kafka's brokers; those of the running demo if not given."`
+	Topic        string  `arg:"" help:"The journal, such as orders.journal."`
+	Partition    int32   `arg:"" help:"The partition that has halted."`
+	Offset       int64   `arg:"" help:"The offset of the record that it has halted on."`
+	KafkaBrokers brokers `name:"kafka-brokers" env:"WHARF_KAFKA_BROKERS" placeholder:"HOST:PORT" help:"Kafka's brokers; those of the running demo if not given."`
 	demoFlag
 }
 

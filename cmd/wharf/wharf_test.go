@@ -424,7 +424,7 @@ func TestUsageErrorsExitWith2(t *testing.T) {
 		{"replay", "orders", "--until", ""}, {"replay", "orders", "--key", "x"}, {"replay", "orders", "--force", "--rollback"},
 		{"replay", "orders", "--from-position", "orders.events/0/9", "--until", "orders.events/0/8"}, {"verify", "order"},
 		{"project", "orders"}, {"project", "stock", "--key", "MUG", "--as-of", "nothing.events/0/1"}, {"parked", "show", "orders", "x"},
-		{"projector", "--verify-every", "-1s", "--kafka-brokers", "x:1", "--database-url", "x"}, {"topics", "skip", "orders.events", "0", "0"}, {"demo", "--addr", "nonsense"},
+		{"projections", "--kafka-brokers", "localhost"}, {"projector", "--verify-every", "-1s", "--kafka-brokers", "x:1", "--database-url", "x"}, {"topics", "skip", "orders.events", "0", "0"}, {"demo", "--addr", "nonsense"},
 	} {
 		wantCode(t, 2, args...)
 	}

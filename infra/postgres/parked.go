@@ -272,6 +272,7 @@ func (e *Engine) givenUp(ctx context.Context, db querier, model string) (list []
 	if err != nil {
 		return nil, err
 	}
+	list = []Discarded{}
 	var d Discarded
 	var id string
 	_, err = pgx.ForEachRow(rows, []any{&d.Model, &d.at.Topic, &d.at.Partition, &d.at.Seq, &id, &d.At}, func() error {

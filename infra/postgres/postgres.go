@@ -91,7 +91,7 @@ func open(ctx context.Context, url, role string, adjust func(*pgxpool.Config)) (
 		if err == nil {
 			return pool, nil
 		}
-		if retry.tries == 10 {
+		if retry.tries == 5 {
 			slog.Warn("the database cannot be opened, and is tried again", "err", err)
 		}
 		if !retry.sleep(ctx) {

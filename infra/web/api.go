@@ -70,6 +70,8 @@ func document(op *huma.Operation) {
 			http.StatusUnsupportedMediaType, http.StatusGatewayTimeout)
 	} else {
 		op.Responses["304"] = &huma.Response{Description: http.StatusText(http.StatusNotModified)}
+		op.Parameters = append(op.Parameters, &huma.Param{Name: "If-None-Match", In: "header", Schema: &huma.Schema{Type: huma.TypeString},
+			Description: "ETags of answers that the caller has: 304 without a body if this one is among them."})
 	}
 	for _, status := range statuses {
 		response := &huma.Response{Description: http.StatusText(status), Content: problem.Content}
