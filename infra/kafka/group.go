@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/IBM/sarama"
 )
@@ -65,6 +66,9 @@ func (s *session) committed() (*sarama.OffsetFetchResponse, error) {
 	return resp, nil
 }
 
+// longestSession is beyond what a cluster will ask for.
+const longestSession = 2 * time.Minute
+
 // join is a member of the group until ctx ends. For every session it calls setup, whose error ends the session (it is
 // tried again), and then run, which must return soon after the session's context has ended.
 func (c *Client) join(
@@ -74,7 +78,9 @@ func (c *Client) join(
 		return errors.New("join a group: no topics given")
 	}
 	// A member needs connections of its own: the coordinator holds back its answer to a join.
-	cl, err := dial(ctx, c.cfg.Brokers, c.conf)
+	conf := *c.conf
+	session := &conf.Consumer.Group.Session.Timeout
+	cl, err := dial(ctx, c.cfg.Brokers, &conf)
 	if err != nil {
 		return nil // ctx has ended
 	}
@@ -97,9 +103,15 @@ func (c *Client) join(
 	}()
 	for retry := (backoff{}); ctx.Err() == nil; {
 		h := &member{client: cl, group: name, setup: setup, run: run}
-		if err := g.Consume(ctx, topics, h); err == nil || h.began {
+		err := g.Consume(ctx, topics, h)
+		switch {
+		case err == nil || h.began:
 			retry = backoff{}
-		} else if ctx.Err() == nil {
+		case errors.Is(err, sarama.ErrInvalidSessionTimeout) && *session < longestSession:
+			*session *= 2 // there is no asking what they allow
+			c.log.Warn("the brokers allow no session as short as that, and a longer one is tried: a member that dies is noticed later",
+				"group", name, "next", *session)
+		case ctx.Err() == nil:
 			c.log.Warn("joining the consumer group failed, and is tried again", "group", name, "err", err)
 		}
 		retry.sleep(ctx)

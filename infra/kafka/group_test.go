@@ -161,6 +161,17 @@ func TestGroupSurvivesFaults(t *testing.T) {
 	stop()
 }
 
+// A cluster that allows no session as short as ours takes us with a longer one.
+func TestGroupTakesTheSessionThatItIsAllowed(t *testing.T) {
+	cluster := fake(t, kfake.NumBrokers(1), kfake.GroupMinSessionTimeout(10*time.Second))
+	c := connect(t, cluster.ListenAddrs())
+	name := topic(t, c, 2)
+	o := newOwners(t)
+	stop := o.member(bounded(t), c, "one", "g", []string{name})
+	o.await(bounded(t), "one member", func(n map[string]int) bool { return n["one"] == 2 })
+	stop()
+}
+
 func TestGroupNeedsTopics(t *testing.T) {
 	c := connect(t, brokers(t))
 	if err := c.RunGroup(t.Context(), "g", nil, nil); err == nil {

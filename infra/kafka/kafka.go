@@ -63,7 +63,7 @@ type Config struct {
 	Logger   *slog.Logger // default slog.Default()
 
 	ConnectTimeout time.Duration // how long Connect tries; default 10 s
-	SessionTimeout time.Duration // after which a silent group member is given up; default 10 s
+	SessionTimeout time.Duration // after which a silent group member is given up, if the brokers allow it, or else a multiple; default 10 s
 	Heartbeat      time.Duration // of a group member, and so how fast it notices a rebalance; default 1 s
 
 	readTimeout time.Duration // of tests whose brokers do not answer, and that join no group

@@ -39,7 +39,7 @@ type Config struct {
 	Pace     int                 // events a second that these read at most; 20,000
 	Park     int                 // events of one task that may be parked; with more it halts; 10,000
 	Poll     time.Duration       // between looks for builds that others have swapped in; 250 ms
-	Lost     time.Duration       // how long the database may not answer until others get the tasks; 6 seconds
+	Lost     time.Duration       // how long the database may not answer until others get the tasks; 6 seconds. A task's transaction has ten times as long
 	Logger   *slog.Logger
 }
 
@@ -47,9 +47,20 @@ type Config struct {
 // process has to get it: then ctx of that call ends. It returns when ctx ends and every owned has returned.
 type Share func(ctx context.Context, group string, topics []string, owned func(ctx context.Context, partition int32)) error
 
-// Group is the name of the group that shares the tasks of a read model out. Programs of another version have another one: they
-// cannot run these tasks, and would hold partitions during a rolling update that nobody runs then.
-func Group(m projections.Model) string { return fmt.Sprintf("projector.%s.v%d", m.Name, m.Version) }
+// group is the name of the group that shares the tasks of a read model out. Programs of another version have another one: they
+// cannot run these tasks, and would hold partitions during a rolling update that nobody runs then. So have those of another database,
+// whose tasks are others: a copy to try something with, or the one to move to.
+func (e *Engine) group(ctx context.Context, m projections.Model) (string, error) {
+	ctx, cancel := e.inTime(ctx)
+	defer cancel()
+	var database string
+	err := e.pool.QueryRow(ctx, `SELECT left(encode(sha256((system_identifier || '/' || oid)::bytea), 'hex'), 8)
+		FROM pg_control_system(), pg_database WHERE datname = current_database()`).Scan(&database)
+	if err != nil {
+		return "", fmt.Errorf("ask the database which one it is: %w", err)
+	}
+	return fmt.Sprintf("projector.%s.v%d.%s", m.Name, m.Version, database), nil
+}
 
 // Engine runs read models on a database. Several, in any number of processes, share the work: each read model in each
 // partition number is a task, which runs where its Group says. Should two run the same task, all but one find
@@ -62,9 +73,10 @@ type Engine struct {
 
 	mu      sync.Mutex
 	kept    map[role]*keptBuild
+	runs    map[string]int       // how many partitions of each read model its group has given to this process
 	reach   context.Context      // ends when the database has not answered for Lost; nil until it has answered once
 	lose    context.CancelFunc   // ends it
-	changed chan struct{}        // closed, and made anew, when kept or reach changes
+	changed chan struct{}        // closed, and made anew, when kept, runs or reach changes
 	warned  map[string]time.Time // when somebody was last told of it, by what they were told of
 }
 
@@ -117,7 +129,7 @@ func New(pool *pgxpool.Pool, c Config) *Engine {
 		c.Logger = slog.Default()
 	}
 	e := &Engine{Config: c, pool: pool, bulk: bulkLimits, turns: map[role]*turns{}, kept: map[role]*keptBuild{},
-		changed: make(chan struct{}), warned: map[string]time.Time{}}
+		runs: map[string]int{}, changed: make(chan struct{}), warned: map[string]time.Time{}}
 	for _, m := range c.Models {
 		e.turns[role{m.Name, live}], e.turns[role{m.Name, previous}] = newTurns(liveWriters), newTurns(previousWriters)
 	}
@@ -328,39 +340,53 @@ func unlock(ctx context.Context, conn *pgxpool.Conn, class, object int32) {
 func (e *Engine) Run(ctx context.Context, share Share) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { e.watch(ctx); return nil })
+	group.Go(func() error { e.sweepNowAndThen(ctx); return nil })
 	group.Go(func() error { e.verifyNowAndThen(ctx); return nil })
 	for _, m := range e.Models {
-		has := make(chan struct{})
-		given := sync.OnceFunc(func() { close(has) })
-		group.Go(func() error {
-			select {
-			case <-has: // or a build would be swapped in that nobody runs yet: a new version's group is empty at first
-				e.upgrade(ctx, m)
-			case <-ctx.Done():
-			}
-			return nil
-		})
+		group.Go(func() error { e.upgrade(ctx, m); return nil })
 		group.Go(func() error {
 			for {
 				reaching := e.reaching(ctx)
 				if reaching == nil {
 					return nil
 				}
-				err := share(reaching, Group(m), m.Topics, func(ctx context.Context, partition int32) {
-					given()
-					var wg sync.WaitGroup
-					for _, state := range []string{live, previous} {
-						wg.Go(func() { e.runTask(ctx, m, partition, state) })
-					}
-					wg.Wait()
-				})
-				if err != nil {
+				if err := e.takePart(reaching, m, share); err != nil {
 					return err
 				}
 			}
 		})
 	}
 	return group.Wait()
+}
+
+// takePart runs the tasks of the read model that its group gives to this process, until ctx ends.
+func (e *Engine) takePart(ctx context.Context, m projections.Model, share Share) error {
+	name, err := e.group(ctx, m)
+	if err != nil {
+		pause(ctx, e.Poll) // the database is away again
+		return nil
+	}
+	count := func(n int) {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.runs[m.Name] += n
+		e.tellChanged()
+	}
+	return share(ctx, name, m.Topics, func(ctx context.Context, partition int32) {
+		count(1)
+		defer count(-1)
+		var wg sync.WaitGroup
+		for _, state := range []string{live, previous} {
+			wg.Go(func() { e.runTask(ctx, m, partition, state) })
+		}
+		wg.Wait()
+	})
+}
+
+// tellChanged wakes who waits for a change, under e.mu.
+func (e *Engine) tellChanged() {
+	close(e.changed)
+	e.changed = make(chan struct{})
 }
 
 // reaching waits until the database answers, and is for as long as it does; nil when ctx ends.
@@ -380,67 +406,98 @@ func (e *Engine) reaching(ctx context.Context) context.Context {
 	return nil
 }
 
-// Ready is nil when Run reaches the database.
+var errUnreached = errors.New("the projector does not reach a database that it can write to")
+
+// Ready is nil when Run reaches the database, and every live build is of this program's version or a newer one. Until then a program of
+// the older version must not be stopped: it alone can run the live build.
 func (e *Engine) Ready() error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.reach == nil || e.reach.Err() != nil {
-		return errors.New("the projector does not reach the database")
+		return errUnreached
+	}
+	for _, m := range e.Models {
+		if b := e.kept[role{m.Name, live}]; b != nil && b.version < m.Version {
+			return fmt.Errorf("the read model %s is to be built anew: until then only a projector of its version %d keeps it up to date",
+				m.Name, b.version)
+		}
 	}
 	return nil
 }
 
 // reached notes that the database has answered, in ctx of Run.
 func (e *Engine) reached(ctx context.Context) {
-	if e.Ready() == nil {
-		return
-	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	if e.reach != nil && e.reach.Err() == nil {
+		return
+	}
 	if e.reach != nil {
 		e.Logger.Info("the database answers again")
 	}
 	e.reach, e.lose = context.WithCancel(ctx)
-	close(e.changed)
-	e.changed = make(chan struct{})
+	e.tellChanged()
 }
 
-// watch looks which builds there are, and sweeps those that are not needed any more.
+// lost notes that the database has not answered for too long.
+func (e *Engine) lost(err error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.reach != nil && e.reach.Err() == nil {
+		e.Logger.Warn("the database could not be used for a while: others may run the tasks of this projector", "err", err)
+		e.lose()
+	}
+	e.pool.Reset() // new connections may lead to a new primary
+}
+
+// watch looks which builds there are.
 func (e *Engine) watch(ctx context.Context) {
-	sweeping := time.NewTicker(max(e.Grace/4, 10*time.Millisecond))
-	defer sweeping.Stop()
-	polling := time.NewTicker(e.Poll)
-	defer polling.Stop()
-	answered := time.Now()
+	since := time.Now() // when it answered, or was given up
 	for trouble := 0; ; {
 		err := e.look(ctx)
-		if err != nil && time.Since(answered) > e.Lost && e.Ready() == nil && ctx.Err() == nil {
-			e.Logger.Warn("the database has not answered for a while: others may run the tasks of this projector", "err", err)
-			e.lose()
-		}
 		if trouble++; err == nil {
-			trouble, answered = 0, time.Now()
+			trouble, since = 0, time.Now()
 			e.reached(ctx)
-		} else if trouble == 4 && ctx.Err() == nil {
-			e.Logger.Warn("the projector cannot see which builds are live, and tries again", "err", err)
+		} else if ctx.Err() == nil {
+			if trouble == 4 {
+				e.Logger.Warn("the projector cannot see which builds are live, and tries again", "err", err)
+			}
+			if time.Since(since) > e.Lost {
+				since = time.Now()
+				e.lost(err)
+			}
 		}
-		select {
-		case <-ctx.Done():
+		if !pause(ctx, e.Poll) {
 			e.forget()
 			return
-		case <-polling.C:
-		case <-sweeping.C:
-			if err := e.sweep(ctx); err != nil && ctx.Err() == nil {
-				e.Logger.Warn("old builds cannot be dropped, and are tried again", "err", err)
-			}
 		}
 	}
 }
 
+// sweepNowAndThen sweeps what is not needed any more. Who reads an old build may hold that up for a while, and nothing else.
+func (e *Engine) sweepNowAndThen(ctx context.Context) {
+	for pause(ctx, max(e.Grace/4, 10*time.Millisecond)) {
+		sweeping, cancel := e.inTime(ctx)
+		err := e.sweep(sweeping)
+		cancel()
+		if err != nil && ctx.Err() == nil {
+			e.Logger.Warn("old builds cannot be dropped, and are tried again", "err", err)
+		}
+	}
+}
+
+// inTime bounds what takes a moment: over a connection that leads to nowhere, and says nothing, it would take for ever.
+func (e *Engine) inTime(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, 10*e.Lost)
+}
+
 // look finds out which builds are to be kept up to date.
 func (e *Engine) look(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	ctx, cancel := context.WithTimeout(ctx, max(e.Lost/3, 100*time.Millisecond)) // a connection that leads to nowhere is not all of them
 	defer cancel()
+	if err := writable(ctx, e.pool); err != nil {
+		return err
+	}
 	now, err := builds(ctx, e.pool, live, previous)
 	if err != nil {
 		return err
@@ -472,8 +529,7 @@ func (e *Engine) look(ctx context.Context) error {
 		delete(e.kept, as)
 	}
 	if changed {
-		close(e.changed)
-		e.changed = make(chan struct{})
+		e.tellChanged()
 	}
 	return nil
 }
@@ -534,9 +590,7 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 				log.Warn("a projection fails, and is tried again from its stored position", "build", b.id, "err", err)
 			}
 			if !isCode(err, codeMoved) {
-				// As well as it goes: what is wrong may be the database.
-				_, _ = e.pool.Exec(whileKept, "UPDATE wharf.tasks SET trouble = $3 WHERE build = $1 AND partition = $2",
-					b.id, partition, fmt.Sprintf("%s: %v", time.Now().UTC().Format(time.RFC3339), err))
+				e.tellTrouble(whileKept, b.build, partition, err)
 			}
 			retry.sleep(whileKept)
 			if isCode(err, codeMoved) {
@@ -546,6 +600,14 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 		stop()
 		cancel()
 	}
+}
+
+// tellTrouble shows everybody why the task is tried again, as well as it goes: what is wrong may be the database.
+func (e *Engine) tellTrouble(ctx context.Context, b build, partition int32, trouble error) {
+	ctx, cancel := e.inTime(ctx)
+	defer cancel()
+	_, _ = e.pool.Exec(ctx, "UPDATE wharf.tasks SET trouble = $3 WHERE build = $1 AND partition = $2",
+		b.id, partition, fmt.Sprintf("%s: %v", time.Now().UTC().Format(time.RFC3339), trouble))
 }
 
 // mayWarn is true once in a while: when the database is away all tasks of a model fail, and one that says so will do. What each of
@@ -567,7 +629,9 @@ func (e *Engine) follow(ctx context.Context, m projections.Model, b build, parti
 		return t, err
 	}
 	// If it was halted, it tries once more, and says so again if that does not help.
-	if _, err := e.pool.Exec(ctx, "UPDATE wharf.tasks SET error = '' WHERE build = $1 AND partition = $2 AND error <> ''",
+	clearing, cancel := e.inTime(ctx)
+	defer cancel()
+	if _, err := e.pool.Exec(clearing, "UPDATE wharf.tasks SET error = '' WHERE build = $1 AND partition = $2 AND error <> ''",
 		b.id, partition); err != nil {
 		return t, err
 	}
@@ -578,33 +642,41 @@ func (e *Engine) follow(ctx context.Context, m projections.Model, b build, parti
 
 // awaitRepair shows everybody why the task is halted, and returns when somebody has repaired it since the epoch, or ctx ends.
 func (e *Engine) awaitRepair(ctx context.Context, b build, partition int32, epoch int64, halt error) {
-	for {
-		var now int64
-		var shown string
-		row := e.pool.QueryRow(ctx, "SELECT epoch, error FROM wharf.tasks WHERE build = $1 AND partition = $2", b.id, partition)
-		switch err := row.Scan(&now, &shown); {
-		case err != nil:
-		case now != epoch:
-			return
-		case shown != legible(halt.Error()) && !errors.Is(halt, errOtherLog): // or whoever ran the task before, and still did for a moment, has cleared it
-			_, _ = e.pool.Exec(ctx, "UPDATE wharf.tasks SET error = $4 WHERE build = $1 AND partition = $2 AND epoch = $3",
-				b.id, partition, epoch, legible(halt.Error())) // or else the next time round
-		}
-		if !pause(ctx, 4*e.Poll) {
-			return
-		}
+	for !e.repaired(ctx, b, partition, epoch, halt) && pause(ctx, 4*e.Poll) {
 	}
+}
+
+func (e *Engine) repaired(ctx context.Context, b build, partition int32, epoch int64, halt error) bool {
+	ctx, cancel := e.inTime(ctx)
+	defer cancel()
+	var now int64
+	var shown string
+	row := e.pool.QueryRow(ctx, "SELECT epoch, error FROM wharf.tasks WHERE build = $1 AND partition = $2", b.id, partition)
+	switch err := row.Scan(&now, &shown); {
+	case err != nil:
+		return false
+	case now != epoch:
+		return true
+	case shown != legible(halt.Error()) && !errors.Is(halt, errOtherLog): // or whoever ran the task before, and still did for a moment, has cleared it
+		_, _ = e.pool.Exec(ctx, "UPDATE wharf.tasks SET error = $4 WHERE build = $1 AND partition = $2 AND epoch = $3",
+			b.id, partition, epoch, legible(halt.Error())) // or else the next time round
+	}
+	return false
 }
 
 // upgrade builds the read model anew whenever its definition has a higher version than the live build. A lower one is left alone:
 // it means that a newer program is at work.
 func (e *Engine) upgrade(ctx context.Context, m projections.Model) {
+	leftAlone := int64(0) // a build that somebody was told of
 	for retry := (backoff{}); ; {
 		e.mu.Lock()
-		b, changed := e.kept[role{m.Name, live}], e.changed
+		b, runs, changed := e.kept[role{m.Name, live}], e.runs[m.Name], e.changed
 		e.mu.Unlock()
-		if b == nil || b.version >= m.Version {
-			if b != nil && b.version > m.Version {
+		// A new version's group is empty at first, and Kafka gives its partitions to nobody for a while: a build would be swapped in
+		// that nobody runs.
+		if b == nil || b.version >= m.Version || runs == 0 {
+			if b != nil && b.version > m.Version && b.id != leftAlone {
+				leftAlone = b.id
 				e.Logger.Warn("the live build is of a newer definition, and is left alone",
 					"model", m.Name, "live", b.version, "ours", m.Version)
 			}
@@ -618,7 +690,7 @@ func (e *Engine) upgrade(ctx context.Context, m projections.Model) {
 		}
 		err := e.ofThisLog(b.build)
 		if err == nil {
-			e.Logger.Info("building a read model anew", "model", m.Name, "from", b.version, "to", m.Version)
+		e.Logger.Info("building a read model anew", "model", m.Name, "from", b.version, "to", m.Version)
 			// The rows differ on purpose: how is said in the log.
 			err = e.replay(ctx, m, ReplayOptions{Force: true, upgrade: true}, func(p Progress) {
 				if p.Phase == PhaseSwapping && p.Comparison != nil && !p.Comparison.Same() {

@@ -3,9 +3,7 @@ package postgres
 import (
 	"bytes"
 	"context"
-	"errors"
 	"log/slog"
-	"net"
 	"net/url"
 	"runtime"
 	"slices"
@@ -17,7 +15,6 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgxpool"
 	"go.uber.org/goleak"
 
 	"wharf/domain"
@@ -193,47 +190,6 @@ func TestADatabaseThatIsAwayIsWaitedFor(t *testing.T) {
 	s.caughtUp(t, pool)
 	if n := one[int64](t, pool, "SELECT count(*) FROM wharf_read.orders WHERE status = 'delivered'"); n != 1 {
 		t.Errorf("%d orders are delivered, want 1", n)
-	}
-}
-
-// A projector that does not reach the database lets others have its tasks, and comes back.
-func TestWhoLosesTheDatabaseLetsGoOfItsTasks(t *testing.T) {
-	s := newShop()
-	s.stock(10)
-	pool := openTest(t)
-	var away atomic.Bool
-	config := pool.Config()
-	config.ConnConfig.RuntimeParams["application_name"] = "lost"
-	dial := config.ConnConfig.DialFunc
-	config.ConnConfig.DialFunc = func(ctx context.Context, network, addr string) (net.Conn, error) {
-		if away.Load() {
-			return nil, errors.New("the network is gone")
-		}
-		return dial(ctx, network, addr)
-	}
-	cut, err := pgxpool.NewWithConfig(t.Context(), config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(cut.Close)
-	var kafka groups
-	first := newEngine(t, cut, s, func(c *Config) { c.Lost = 100 * time.Millisecond })
-	startWith(t, first, kafka.share)
-	s.caughtUp(t, pool)
-	stop := startWith(t, newEngine(t, pool, s), kafka.share)
-	away.Store(true)
-	eventually(t, "the first has lost the database", func() bool {
-		_ = one[int64](t, pool, "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = 'lost'")
-		return first.Ready() != nil
-	})
-	s.stock(20)
-	s.caughtUp(t, pool)
-	away.Store(false)
-	stop()
-	s.stock(30)
-	s.caughtUp(t, pool)
-	if err := first.Ready(); err != nil {
-		t.Error(err)
 	}
 }
 

@@ -102,6 +102,8 @@ func (e *Engine) load(
 // reload goes back to what is stored.
 func (t *task) reload(ctx context.Context) error {
 	t.stored = position{seen: time.Unix(0, 0)}
+	ctx, cancel := t.e.inTime(ctx)
+	defer cancel()
 	row := t.pool.QueryRow(ctx, "SELECT offsets, seqs, epoch FROM wharf.tasks WHERE build = $1 AND partition = $2",
 		t.build.id, t.partition)
 	if err := row.Scan(&t.stored.offsets, &t.stored.seqs, &t.epoch); err != nil {
@@ -193,6 +195,8 @@ func (t *task) store(ctx context.Context, b batch, until []int64) (done bool, er
 	if b.turn != nil {
 		defer b.turn.end()
 	}
+	ctx, cancel := t.e.inTime(ctx)
+	defer cancel()
 	if err := t.fold(ctx, b); err != nil {
 		return false, err
 	}

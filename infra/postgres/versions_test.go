@@ -8,6 +8,9 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"wharf/domain"
 	"wharf/domain/inventory"
@@ -92,7 +95,8 @@ func TestTheLiveBuildIsUpToDateDuringARollingUpdate(t *testing.T) {
 	}
 }
 
-// A new version is not built before its group has given somebody a task: until then nobody would run the new build.
+// A new version is not built while its group has given nobody a task: until then nobody would run the new build. Nor is its program
+// ready before it is live: somebody might stop the old one.
 func TestAnUpgradeWaitsForItsGroup(t *testing.T) {
 	newer := projections.Stock
 	newer.Version++
@@ -102,23 +106,62 @@ func TestAnUpgradeWaitsForItsGroup(t *testing.T) {
 	var kafka groups
 	startWith(t, newEngine(t, pool, s, func(c *Config) { c.Models = []projections.Model{projections.Stock} }), kafka.share)
 	s.caughtUp(t, pool)
+	hold, err := pool.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer hold.Release()
+	class, object := modelLock("stock")
+	if _, err := hold.Exec(t.Context(), "SELECT pg_advisory_lock($1, $2)", class, object); err != nil {
+		t.Fatal(err)
+	}
 	e := newEngine(t, openURL(t, pool.Config().ConnString()), s, func(c *Config) { c.Models = []projections.Model{newer} })
 	made := one[int64](t, pool, "SELECT last_value FROM wharf.builds_id_seq")
+	quiet := func(when string) {
+		t.Helper()
+		pause(t.Context(), 20*e.Poll)
+		if n := one[int64](t, pool, "SELECT last_value FROM wharf.builds_id_seq") - made; n > 0 {
+			t.Errorf("%d builds were made %s", n, when)
+		}
+		if e.Ready() == nil {
+			t.Errorf("the new program is ready %s", when)
+		}
+	}
 	startWith(t, e, func(ctx context.Context, name string, topics []string, owned func(context.Context, int32)) error {
 		eventually(t, "it sees the live build", func() bool {
 			e.mu.Lock()
 			defer e.mu.Unlock()
 			return e.kept[role{"stock", live}] != nil
 		})
-		pause(ctx, 4*e.Poll) // Kafka gives an empty group's tasks to nobody for a while
-		if n := one[int64](t, pool, "SELECT last_value FROM wharf.builds_id_seq") - made; n > 0 {
-			t.Errorf("%d builds were made before", n)
-		}
+		quiet("before its group had given it something")
+		// It gets tasks, but somebody else is at work on the read model; and it loses them again.
+		member, leave := context.WithCancel(ctx)
+		time.AfterFunc(20*e.Poll, leave)
+		runIn(member, owned, allPartitions...)
+		eventually(t, "no try is under way any more", func() bool {
+			return one[int](t, pool, "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = $1", whoami) == 0
+		})
+		unlock(ctx, hold, class, object)
+		quiet("when its group had taken back what it gave")
 		return kafka.share(ctx, name, topics, owned)
 	})
 	eventually(t, "the new version is live", func() bool { return liveOf(t, e, "stock").version == newer.Version })
+	eventually(t, "the new program is ready", func() bool { return e.Ready() == nil })
 	s.stock(60)
 	s.caughtUp(t, pool)
+}
+
+// Two databases on one Kafka, to move from one to the other or to try something, take no tasks from each other.
+func TestEachDatabaseHasGroupsOfItsOwn(t *testing.T) {
+	s := newShop()
+	s.stock(10)
+	var kafka groups
+	one, other := openTest(t), openTest(t)
+	for _, pool := range []*pgxpool.Pool{one, other} {
+		startWith(t, newEngine(t, pool, s), kafka.share)
+	}
+	s.caughtUp(t, one)
+	s.caughtUp(t, other)
 }
 
 // A start of an older program does not replace a newer program's build whose table is gone.
