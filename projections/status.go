@@ -101,6 +101,7 @@ type PreviousBuild struct {
 	Build     int64     `json:"build"`
 	Version   int       `json:"version"`
 	Lag       int64     `json:"lag"`
+	Parked    int64     `json:"parked" doc:"Events that are missing from its rows."`
 	KeepUntil time.Time `json:"keep_until"`
 }
 
@@ -167,7 +168,7 @@ func (s *Status) setAside() {
 		}
 		for i := range s.Items {
 			if live := &s.Items[i]; b.State == statePrevious && live.Name == b.Name && live.isLive() {
-				live.Previous = &PreviousBuild{b.Build, b.Version, b.Lag, b.keepUntil.UTC()}
+				live.Previous = &PreviousBuild{b.Build, b.Version, b.Lag, b.Parked, b.keepUntil.UTC()}
 			}
 		}
 	}
@@ -240,7 +241,7 @@ func (b *BuildStatus) countMissing(ps []place, ends map[string]map[int32]int64) 
 		}
 	}
 	for _, partition := range slices.Sorted(maps.Keys(missing)) {
-		b.halt(partition, "its row of wharf.tasks is gone: build the read model anew (wharf replay)")
+		b.halt(partition, "its row of wharf.tasks is gone: build the read model anew (wharf replay --force)")
 	}
 }
 
@@ -299,7 +300,7 @@ func (s *Status) readBuilds(ctx context.Context, db DB, ids map[string]string) (
 				Position: map[string]int64{}, keepUntil: b.keepUntil, gone: b.gone})
 			if b.gone {
 				s.Items[last].State = StateHalted
-				s.Items[last].Error = "its table or its view is gone: build the read model anew (wharf replay --force)"
+				s.Items[last].Error = "its table or its view is gone: build the read model anew (wharf replay; if it is the table, with --force)"
 			}
 			if differences != nil {
 				s.Items[last].Verified = &Verified{verified.UTC(), *differences}
@@ -309,7 +310,7 @@ func (s *Status) readBuilds(ctx context.Context, db DB, ids map[string]string) (
 		item := &s.Items[last]
 		item.Skipped += b.Skipped
 		item.Parked += b.Parked
-		item.Rate += math.Round(b.Rate*10) / 10
+		item.Rate = math.Round((item.Rate+b.Rate)*10) / 10
 		item.LastError = max(item.LastError, b.LastError) // which begins with its time
 		if b.Error != "" {
 			item.halt(partition, b.Error)

@@ -196,6 +196,9 @@ func (c *projectionsCmd) Run(ctx context.Context) error {
 		before := "-"
 		if p := b.Previous; p != nil {
 			before = fmt.Sprintf("build %d, lag %d, until %s", p.Build, p.Lag, p.KeepUntil.Format("15:04:05"))
+			if p.Parked > 0 {
+				before += fmt.Sprintf(", %d parked", p.Parked)
+			}
 		}
 		verified := "-"
 		if v := b.Verified; v != nil {

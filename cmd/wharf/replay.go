@@ -224,7 +224,11 @@ func resultOf(p postgres.Progress) replayed {
 func (c *replayCmd) sentence(r replayed) string {
 	switch {
 	case c.Rollback:
-		return fmt.Sprintf("%s is build %d again; the one that was live is kept, and --rollback brings it back. Nothing was compared: `wharf verify %s` does", r.Name, r.Build, r.Name)
+		text := fmt.Sprintf("%s is build %d again; the one that was live is kept, and --rollback brings it back. Nothing was compared: `wharf verify %s` does", r.Name, r.Build, r.Name)
+		if r.Parked > 0 {
+			text += fmt.Sprintf(". Its rows lack %d events that are parked there: `wharf parked list %s` says why", r.Parked, r.Name)
+		}
+		return text
 	case r.Comparison == nil:
 		text := fmt.Sprintf("%s: %d rows in the table %s, which is dropped after %s", r.Name, r.Rows, r.Table, c.KeepBuilds)
 		if r.Parked > 0 {

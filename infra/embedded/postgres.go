@@ -1,6 +1,7 @@
 package embedded
 
 import (
+	"cmp"
 	"bytes"
 	"context"
 	"crypto/rand"
@@ -96,13 +97,14 @@ type cluster struct {
 	Home     string `json:"home"` // relative to the data directory, if it lies in it
 	Major    string `json:"major"`
 	Password string `json:"password"`
+	Port     int    `json:"port"` // taken again if it is free, so that clients of an earlier run find the server
 }
 
 // StartPostgres starts a Postgres server on the cluster in dir, which it makes on first use, and returns when the
 // server takes connections. The first time that a user starts one, its programs are downloaded. A server that a killed
 // process left running on the cluster is stopped first. The caller holds the Lock of dir.
 //
-// The server listens on 127.0.0.1, on a free port or that of Port, and asks for a random password that only dir tells. Run by root it
+// The server listens on 127.0.0.1, on the port of the time before if it is free, or that of Port, and asks for a random password that only dir tells. Run by root it
 // becomes the user "nobody"; where that user cannot reach dir, the cluster lies elsewhere and dir says where.
 //
 // ctx bounds the start alone. The server is not stopped by a Ctrl-C at the terminal, only by Stop; if this process dies
@@ -154,14 +156,22 @@ func startPostgres(ctx context.Context, dir string, log *slog.Logger, o options)
 
 	_ = os.Rename(filepath.Join(dir, logFile), filepath.Join(dir, logFile+".old"))
 	began := time.Now()
+	port := cmp.Or(o.port, c.Port)
 	for try := 1; ; try++ {
-		p, err := c.start(ctx, dir, programs, as, log, o)
+		p, err := c.start(ctx, dir, programs, as, log, o, port)
 		var again bool
 		switch {
+		case err == nil && p.port == c.Port:
+			return p, nil
 		case err == nil:
+			c.Port = p.port
+			if err := c.write(dir); err != nil {
+				return nil, errors.Join(err, p.Stop())
+			}
 			return p, nil
 		case strings.Contains(err.Error(), "could not bind"):
 			log.Debug("somebody has Postgres's port")
+			port = o.port
 			again = try < portTries
 		case strings.Contains(err.Error(), "still in use"):
 			log.Debug("sessions of a killed Postgres are still there")
@@ -252,15 +262,19 @@ func openCluster(ctx context.Context, dir, programs string, as account, log *slo
 	if err := c.init(ctx, programs, as, o); err != nil {
 		return c, errors.Join(err, os.RemoveAll(home))
 	}
-	named := c
-	if rel, err := filepath.Rel(dir, home); err == nil && filepath.IsLocal(rel) {
-		named.Home = rel
-	}
-	if err := writeJSON(record, named); err != nil {
+	if err := c.write(dir); err != nil {
 		return c, err
 	}
 	log.Info("made a Postgres cluster", "in", home, "took", time.Since(began).Round(time.Millisecond))
 	return c, nil
+}
+
+// write names the cluster.
+func (c cluster) write(dir string) error {
+	if rel, err := filepath.Rel(dir, c.Home); err == nil && filepath.IsLocal(rel) {
+		c.Home = rel
+	}
+	return writeJSON(filepath.Join(dir, clusterFile), c)
 }
 
 func (c cluster) data() string { return filepath.Join(c.Home, "data") }
@@ -287,11 +301,10 @@ func (c cluster) init(ctx context.Context, programs string, as account, o option
 	return nil
 }
 
-// start runs the server on its port, or one that is free now, and waits until it takes connections.
+// start runs the server on the port, or on one that is free now if it is 0, and waits until it takes connections.
 func (c cluster) start(
-	ctx context.Context, dir, programs string, as account, log *slog.Logger, o options,
+	ctx context.Context, dir, programs string, as account, log *slog.Logger, o options, port int,
 ) (*Postgres, error) {
-	port := o.port
 	if port == 0 {
 		var err error
 		if port, err = freePort(); err != nil {

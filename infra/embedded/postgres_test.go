@@ -125,7 +125,7 @@ func query(t *testing.T, url, sql string) (value int) {
 	return value
 }
 
-func TestPostgresKeepsItsDataAndItsPassword(t *testing.T) {
+func TestPostgresKeepsItsDataItsPasswordAndItsPort(t *testing.T) {
 	t.Parallel()
 	dir := reachableDir(t)
 	p := startTestPostgres(t, dir)
@@ -145,7 +145,11 @@ func TestPostgresKeepsItsDataAndItsPassword(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir + "-moved") })
+	port := p.Port()
 	p = startTestPostgres(t, dir+"-moved")
+	if p.Port() != port {
+		t.Errorf("the port is %d now, and was %d", p.Port(), port)
+	}
 	if got := query(t, p.URL(), "SELECT answer FROM kept"); got != 42 {
 		t.Errorf("the answer is %d now", got)
 	}

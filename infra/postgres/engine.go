@@ -223,8 +223,8 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 	}
 	for _, b := range have {
 		if b.partitions != e.Partitions {
-			return fmt.Errorf("the read models were built from %d partitions, and there are %d: growing topics is not "+
-				"supported", b.partitions, e.Partitions)
+			return fmt.Errorf("the read models were built from %d partitions, and %d were asked for (--partitions): topics cannot "+
+				"grow", b.partitions, e.Partitions)
 		}
 	}
 	for _, m := range e.Models {

@@ -622,6 +622,37 @@ func TestAPartSaysWhatIsMissing(t *testing.T) {
 }
 
 // A stream's id may be longer than what is kept of a parked event's key: its row waits all the same.
+// A build in which events are parked can come back; what it lacks is said.
+func TestARollbackSaysWhatIsMissing(t *testing.T) {
+	s := newShop()
+	s.tell("MUG", inventory.Received{Quantity: 1})
+	pool, e := s.projected(t, func(c *Config) { c.Models = []projections.Model{projections.Stock} })
+	if _, err := pool.Exec(t.Context(), "ALTER TABLE wharf_build_1.stock ADD CHECK (received < 2)"); err != nil {
+		t.Fatal(err)
+	}
+	s.tell("MUG", inventory.Received{Quantity: 1}, inventory.Received{Quantity: 1})
+	s.project(t, e)
+	if err := e.Replay(t.Context(), []string{"stock"}, ReplayOptions{}, func(Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	status, err := projections.ReadStatus(t.Context(), pool, testLags{s})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, b := range status.Items {
+		if b.Name == "stock" && (b.Parked != 0 || b.Previous.Parked != 2) {
+			t.Errorf("%d events are parked, and %d in the previous build", b.Parked, b.Previous.Parked)
+		}
+	}
+	var last Progress
+	if err := e.Rollback(t.Context(), "stock", func(p Progress) { last = p }); err != nil {
+		t.Fatal(err)
+	}
+	if last.Phase != PhaseDone || last.Parked != 2 {
+		t.Errorf("in the end it says %q, and that %d events are missing", last.Phase, last.Parked)
+	}
+}
+
 func TestALongStreamWaits(t *testing.T) {
 	broken := new(atomic.Bool)
 	broken.Store(true)

@@ -11,13 +11,16 @@ package postgres
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"time"
 
 	"github.com/exaring/otelpgx"
 	fastjson "github.com/go-json-experiment/json/v1"
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgtype"
 	"github.com/jackc/pgx/v5/pgxpool"
 	pgxuuid "github.com/vgarvardt/pgx-google-uuid/v5"
@@ -96,6 +99,10 @@ func open(ctx context.Context, url, role string, adjust func(*pgxpool.Config)) (
 		}
 		if !retry.sleep(ctx) {
 			pool.Close()
+			var connect *pgconn.ConnectError
+			if !errors.As(err, &connect) { // which says where
+				err = fmt.Errorf("nobody answers at %s: %w", net.JoinHostPort(c.ConnConfig.Host, fmt.Sprint(c.ConnConfig.Port)), err)
+			}
 			return nil, fmt.Errorf("open the database: %w", err)
 		}
 	}

@@ -288,6 +288,9 @@ func (e *Engine) rollback(ctx context.Context, m projections.Model, progress fun
 	if err := r.swap(ctx); err != nil {
 		return err
 	}
+	if err := r.conn.QueryRow(ctx, "SELECT count(*) FROM wharf.parked WHERE build = $1", r.build.id).Scan(&r.report.Parked); err != nil {
+		r.e.Logger.Warn("what is parked in the build cannot be counted", "model", m.Name, "err", err) // it is live all the same
+	}
 	r.tell(PhaseDone)
 	return nil
 }
@@ -311,6 +314,13 @@ func (r *replay) canComeBack(ctx context.Context) error {
 	}
 	if len(why) > 0 {
 		return fmt.Errorf("the previous build %d is halted: %s", r.build.id, why[0])
+	}
+	all, err := builds(ctx, r.conn, live)
+	if err != nil {
+		return err
+	}
+	if old, found := of(all, r.model.Name); found { // it may be what is to be got rid of
+		r.lost = r.e.ofThisLog(old) != nil
 	}
 	old, _, err := r.livePositions(ctx, r.conn, "")
 	if err != nil {

@@ -145,7 +145,7 @@ func (c *Comparison) String() string {
 	for _, d := range c.First {
 		text += "\n  " + d.String()
 	}
-	if int64(len(c.First)) < c.Differences() {
+	if len(c.First) > 0 && int64(len(c.First)) < c.Differences() {
 		text += "\n  …"
 	}
 	return text

@@ -101,7 +101,16 @@ func problemOf(err error) *Problem {
 		return notReady("a server that this one needs, its database or Kafka, does not answer")
 	}
 	slog.Error("a request failed", "err", err)
+	if unknown(err) {
+		return notReady("the read model is not there, or is not the one that this program knows: GET /projections says more")
+	}
 	return newProblem(http.StatusInternalServerError, "internal")
+}
+
+// unknown says that the database has no such table or column: somebody has dropped it, or a newer program's is there.
+func unknown(err error) bool {
+	var pg *pgconn.PgError
+	return errors.As(err, &pg) && (pg.Code == "42P01" || pg.Code == "42703")
 }
 
 // unreachable says that a database (or whatever is asked over a network) is away, starting, stopping, full or changing: that is

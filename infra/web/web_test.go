@@ -245,6 +245,7 @@ func TestNotReadySaysWhenToComeBack(t *testing.T) {
 		"/behind": &projections.BehindError{Model: "orders", Wanted: domain.Position{Topic: "orders.events", Seq: 3}, Seen: 2},
 		"/away":   &pgconn.PgError{Code: "57P01", Message: "terminating connection due to administrator command"},
 		"/slow":   context.DeadlineExceeded,
+		"/gone":   &pgconn.PgError{Code: "42P01", Message: "relation does not exist"},
 	} {
 		huma.Get(api, path, func(context.Context, *struct{}) (*struct{}, error) { return nil, fmt.Errorf("read: %w", err) })
 	}
@@ -252,7 +253,7 @@ func TestNotReadySaysWhenToComeBack(t *testing.T) {
 	t.Cleanup(s.Close)
 	for path, want := range map[string]string{
 		"/readyz": "not yet", "/behind": "has seen 2 events of orders.events partition 0, and not yet event 3",
-		"/away": "a server that this one needs", "/slow": "it took too long",
+		"/away": "a server that this one needs", "/slow": "it took too long", "/gone": "the read model is not there",
 	} {
 		res, err := http.Get(s.URL + path)
 		if err != nil {
