@@ -1,8 +1,8 @@
 package embedded
 
 import (
-	"cmp"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"

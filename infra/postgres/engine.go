@@ -63,7 +63,7 @@ func (e *Engine) group(ctx context.Context, m projections.Model) (string, error)
 }
 
 // Engine runs read models on a database. Several, in any number of processes, share the work: each read model in each
-// partition number is a task, which runs where its Group says. Should two run the same task, all but one find
+// partition number is a task, which runs where its group says. Should two run the same task, all but one find
 // that its position has moved, and write nothing. Setup, then Run.
 type Engine struct {
 	Config
@@ -363,7 +363,10 @@ func (e *Engine) Run(ctx context.Context, share Share) error {
 func (e *Engine) takePart(ctx context.Context, m projections.Model, share Share) error {
 	name, err := e.group(ctx, m)
 	if err != nil {
-		pause(ctx, e.Poll) // the database is away again
+		if ctx.Err() == nil && e.mayWarn("groups") {
+			e.Logger.Warn("the groups of the read models cannot be named, and it is tried again", "err", err)
+		}
+		pause(ctx, time.Second)
 		return nil
 	}
 	count := func(n int) {
@@ -690,7 +693,7 @@ func (e *Engine) upgrade(ctx context.Context, m projections.Model) {
 		}
 		err := e.ofThisLog(b.build)
 		if err == nil {
-		e.Logger.Info("building a read model anew", "model", m.Name, "from", b.version, "to", m.Version)
+			e.Logger.Info("building a read model anew", "model", m.Name, "from", b.version, "to", m.Version)
 			// The rows differ on purpose: how is said in the log.
 			err = e.replay(ctx, m, ReplayOptions{Force: true, upgrade: true}, func(p Progress) {
 				if p.Phase == PhaseSwapping && p.Comparison != nil && !p.Comparison.Same() {
