@@ -77,6 +77,7 @@ type Engine struct {
 	reach   context.Context      // ends when the database has not answered for Lost; nil until it has answered once
 	lose    context.CancelFunc   // ends it
 	changed chan struct{}        // closed, and made anew, when kept, runs or reach changes
+	unnamed error                // why the groups cannot be named
 	warned  map[string]time.Time // when somebody was last told of it, by what they were told of
 }
 
@@ -362,6 +363,9 @@ func (e *Engine) Run(ctx context.Context, share Share) error {
 // takePart runs the tasks of the read model that its group gives to this process, until ctx ends.
 func (e *Engine) takePart(ctx context.Context, m projections.Model, share Share) error {
 	name, err := e.group(ctx, m)
+	e.mu.Lock()
+	e.unnamed = err
+	e.mu.Unlock()
 	if err != nil {
 		if ctx.Err() == nil && e.mayWarn("groups") {
 			e.Logger.Warn("the groups of the read models cannot be named, and it is tried again", "err", err)
@@ -411,13 +415,16 @@ func (e *Engine) reaching(ctx context.Context) context.Context {
 
 var errUnreached = errors.New("the projector does not reach a database that it can write to")
 
-// Ready is nil when Run reaches the database, and every live build is of this program's version or a newer one. Until then a program of
+// Ready is nil when Run reaches the database and may take part in its groups, and every live build is of this program's version or a newer one. Until then a program of
 // the older version must not be stopped: it alone can run the live build.
 func (e *Engine) Ready() error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.reach == nil || e.reach.Err() != nil {
 		return errUnreached
+	}
+	if e.unnamed != nil {
+		return e.unnamed
 	}
 	for _, m := range e.Models {
 		if b := e.kept[role{m.Name, live}]; b != nil && b.version < m.Version {
@@ -609,9 +616,13 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 func (e *Engine) tellTrouble(ctx context.Context, b build, partition int32, trouble error) {
 	ctx, cancel := e.inTime(ctx)
 	defer cancel()
-	_, _ = e.pool.Exec(ctx, "UPDATE wharf.tasks SET trouble = $3 WHERE build = $1 AND partition = $2",
-		b.id, partition, fmt.Sprintf("%s: %v", time.Now().UTC().Format(time.RFC3339), trouble))
+	_, _ = e.pool.Exec(ctx, "UPDATE wharf.tasks SET trouble = $3 WHERE "+unlockedTask, b.id, partition, fmt.Sprintf("%s: %v", time.Now().UTC().Format(time.RFC3339), trouble))
 }
+
+// unlockedTask is for what is only told of a task: it is left out while somebody holds the task's row, who may do so for long. Waiting
+// for that would take the connections that others need.
+const unlockedTask = `(build, partition) IN (SELECT build, partition FROM wharf.tasks WHERE build = $1 AND partition = $2
+	FOR NO KEY UPDATE SKIP LOCKED)`
 
 // mayWarn is true once in a while: when the database is away all tasks of a model fail, and one that says so will do. What each of
 // them met is in wharf.tasks.
@@ -661,7 +672,7 @@ func (e *Engine) repaired(ctx context.Context, b build, partition int32, epoch i
 	case now != epoch:
 		return true
 	case shown != legible(halt.Error()) && !errors.Is(halt, errOtherLog): // or whoever ran the task before, and still did for a moment, has cleared it
-		_, _ = e.pool.Exec(ctx, "UPDATE wharf.tasks SET error = $4 WHERE build = $1 AND partition = $2 AND epoch = $3",
+		_, _ = e.pool.Exec(ctx, "UPDATE wharf.tasks SET error = $4 WHERE epoch = $3 AND "+unlockedTask,
 			b.id, partition, epoch, legible(halt.Error())) // or else the next time round
 	}
 	return false

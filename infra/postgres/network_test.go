@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -143,6 +144,72 @@ func TestWhoLosesTheDatabaseLetsGoOfItsTasks(t *testing.T) {
 			s.caughtUp(t, pool)
 			eventually(t, "the first is ready again", func() bool { return first.Ready() == nil })
 		})
+	}
+}
+
+// Who may not ask which database it is runs nothing, and is not ready.
+func TestWhoCannotNameItsGroupsIsNotReady(t *testing.T) {
+	s := newShop()
+	s.stock(10)
+	pool := openTest(t)
+	rename := func(from, to string) {
+		t.Helper()
+		if _, err := pool.Exec(context.Background(), "ALTER FUNCTION pg_catalog."+from+"() RENAME TO "+to); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rename("pg_control_system", "away") // of this database alone
+	e := newEngine(t, pool, s)
+	start(t, e)
+	eventually(t, "it says so", func() bool { err := e.Ready(); return err != nil && strings.Contains(err.Error(), "pg_control_system") })
+	rename("away", "pg_control_system")
+	s.caughtUp(t, pool)
+	if err := e.Ready(); err != nil {
+		t.Error(err)
+	}
+}
+
+// Somebody who holds the tasks' rows for long stops them, and nothing else: the projector reaches the database all the time.
+func TestALockOnTheTasksMakesNobodyLeave(t *testing.T) {
+	t.Parallel()
+	s := newShop()
+	s.stock(30)
+	pool := openTest(t)
+	e := newEngine(t, openURL(t, pool.Config().ConnString()), s, func(c *Config) { c.Lost = 600 * time.Millisecond })
+	var joined atomic.Int64
+	startWith(t, e, func(ctx context.Context, name string, topics []string, owned func(context.Context, int32)) error {
+		joined.Add(1)
+		runIn(ctx, owned, allPartitions...)
+		return nil
+	})
+	s.caughtUp(t, pool)
+	tx, err := pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tx.Rollback(context.Background()) }()
+	if _, err := tx.Exec(t.Context(), "SELECT FROM wharf.tasks FOR UPDATE"); err != nil {
+		t.Fatal(err)
+	}
+	before := joined.Load()
+	for i := range 90 {
+		s.order(i, 1)
+	}
+	s.stock(60)
+	pause(t.Context(), 30*e.Lost) // three times as long as a transaction may take
+	if err := tx.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.caughtUp(t, pool)
+	if n := joined.Load() - before; n > 0 {
+		t.Errorf("it left its groups and joined again %d times", n)
+	}
+}
+
+// The server gives up a client that is gone without a word, with the locks that it holds.
+func TestTheServerGivesUpWhoIsGone(t *testing.T) {
+	if got := one[string](t, openTest(t), "SELECT current_setting('tcp_user_timeout') || ', ' || current_setting('tcp_keepalives_idle')"); got != "30000, 15" {
+		t.Errorf("the time-outs are %s", got)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/uuid"
@@ -622,6 +623,27 @@ func TestAPartSaysWhatIsMissing(t *testing.T) {
 }
 
 // A stream's id may be longer than what is kept of a parked event's key: its row waits all the same.
+// However many rows of a batch the table refuses, one after the other, the batch is not given up for the time that takes.
+func TestAReplayThatParksManyComesToItsEnd(t *testing.T) {
+	t.Parallel()
+	s := newShop()
+	for i, n := 0, 0; n < 400; i++ {
+		if sku := fmt.Sprint("S", i); journal.Partition([]byte(sku), partitions) == 3 {
+			s.tell(sku, inventory.Received{Quantity: 1 << 40})
+			n++
+		}
+	}
+	pool, e := s.projected(t, func(c *Config) {
+		c.Models, c.Lost = []projections.Model{shelf(1, new(atomic.Bool))}, 100*time.Millisecond
+	})
+	if err := e.Replay(t.Context(), []string{"shelf"}, ReplayOptions{}, func(Progress) {}); err != nil {
+		t.Error(err)
+	}
+	if n := one[int](t, pool, "SELECT count(*) FROM wharf.parked k JOIN wharf.builds b ON b.id = k.build WHERE b.state = 'live'"); n != 400 {
+		t.Errorf("%d events are parked", n)
+	}
+}
+
 // A build in which events are parked can come back; what it lacks is said.
 func TestARollbackSaysWhatIsMissing(t *testing.T) {
 	s := newShop()

@@ -14,13 +14,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"time"
 
 	"github.com/exaring/otelpgx"
 	fastjson "github.com/go-json-experiment/json/v1"
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgtype"
 	"github.com/jackc/pgx/v5/pgxpool"
 	pgxuuid "github.com/vgarvardt/pgx-google-uuid/v5"
@@ -75,7 +75,12 @@ func open(ctx context.Context, url, role string, adjust func(*pgxpool.Config)) (
 	c.HealthCheckPeriod = 15 * time.Second
 	c.ConnConfig.ConnectTimeout = connectTimeout
 	c.ConnConfig.Tracer = otelpgx.NewTracer()
-	c.ConnConfig.RuntimeParams["application_name"] = "wharf-" + role
+	maps.Copy(c.ConnConfig.RuntimeParams, map[string]string{
+		"application_name": "wharf-" + role,
+		// The server gives up a client that is gone without a word, and the locks that it holds: one that has died, or sees
+		// the server over another connection by now. Where it waits for an answer only tcp_user_timeout counts.
+		"tcp_keepalives_idle": "15", "tcp_keepalives_interval": "5", "tcp_keepalives_count": "3", "tcp_user_timeout": "30000",
+	})
 	c.AfterConnect = func(_ context.Context, conn *pgx.Conn) error {
 		pgxuuid.Register(conn.TypeMap()) // else a UUID goes by its text
 		conn.TypeMap().RegisterType(&pgtype.Type{Name: "json", OID: pgtype.JSONOID,
@@ -99,8 +104,7 @@ func open(ctx context.Context, url, role string, adjust func(*pgxpool.Config)) (
 		}
 		if !retry.sleep(ctx) {
 			pool.Close()
-			var connect *pgconn.ConnectError
-			if !errors.As(err, &connect) { // which says where
+			if errors.Is(err, context.DeadlineExceeded) {
 				err = fmt.Errorf("nobody answers at %s: %w", net.JoinHostPort(c.ConnConfig.Host, fmt.Sprint(c.ConnConfig.Port)), err)
 			}
 			return nil, fmt.Errorf("open the database: %w", err)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -342,9 +341,6 @@ func (e *Engine) open(ctx context.Context, m projections.Model, progress func(Pr
 	config := e.pool.Config()
 	config.MaxConns, config.MinConns, config.MinIdleConns = int32(e.Parallel)+3, 0, 0
 	config.ConnConfig.RuntimeParams["application_name"] = whoami
-	// A host that dies keeps no lock for long.
-	maps.Copy(config.ConnConfig.RuntimeParams, map[string]string{
-		"tcp_keepalives_idle": "15", "tcp_keepalives_interval": "5", "tcp_keepalives_count": "3"})
 	pool, err := pgxpool.NewWithConfig(ctx, config)
 	if err != nil {
 		return nil, nil, err

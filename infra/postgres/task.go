@@ -195,8 +195,6 @@ func (t *task) store(ctx context.Context, b batch, until []int64) (done bool, er
 	if b.turn != nil {
 		defer b.turn.end()
 	}
-	ctx, cancel := t.e.inTime(ctx)
-	defer cancel()
 	if err := t.fold(ctx, b); err != nil {
 		return false, err
 	}
@@ -570,6 +568,8 @@ func (t *task) fetch(ctx context.Context, db querier, touches ...touch) error {
 		return nil
 	}
 	columns := t.model.Columns[:t.model.Keys]
+	ctx, cancel := t.e.inTime(ctx)
+	defer cancel()
 	found, err := db.Query(ctx, "SELECT "+columnNames(t.model.Columns)+" FROM "+t.build.table()+
 		" WHERE ("+columnNames(columns)+") IN (SELECT * FROM "+unnest(columns)+")", arrays(columns, rows)...)
 	if err == nil {
@@ -672,6 +672,8 @@ func (t *task) flush(ctx context.Context) error {
 	for i := range t.at.seqs {
 		events += t.at.seqs[i] - t.stored.seqs[i]
 	}
+	ctx, cancel := t.e.inTime(ctx)
+	defer cancel()
 	batch := &pgx.Batch{}
 	batch.Queue("SELECT wharf.advance($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)", t.build.id, t.partition, t.build.state,
 		t.epoch, t.stored.offsets, t.stored.seqs, t.at.offsets, t.at.seqs, t.at.skipped, events, t.at.seen)
