@@ -175,7 +175,7 @@ func TestALockOnTheTasksMakesNobodyLeave(t *testing.T) {
 	s := newShop()
 	s.stock(30)
 	pool := openTest(t)
-	e := newEngine(t, openURL(t, pool.Config().ConnString()), s, func(c *Config) { c.Lost = 600 * time.Millisecond })
+	e := newEngine(t, openURL(t, pool.Config().ConnString()), s, func(c *Config) { c.Lost = 300 * time.Millisecond })
 	var joined atomic.Int64
 	startWith(t, e, func(ctx context.Context, name string, topics []string, owned func(context.Context, int32)) error {
 		joined.Add(1)

@@ -627,7 +627,7 @@ func TestAPartSaysWhatIsMissing(t *testing.T) {
 func TestAReplayThatParksManyComesToItsEnd(t *testing.T) {
 	t.Parallel()
 	s := newShop()
-	for i, n := 0, 0; n < 400; i++ {
+	for i, n := 0, 0; n < 200; i++ {
 		if sku := fmt.Sprint("S", i); journal.Partition([]byte(sku), partitions) == 3 {
 			s.tell(sku, inventory.Received{Quantity: 1 << 40})
 			n++
@@ -639,7 +639,7 @@ func TestAReplayThatParksManyComesToItsEnd(t *testing.T) {
 	if err := e.Replay(t.Context(), []string{"shelf"}, ReplayOptions{}, func(Progress) {}); err != nil {
 		t.Error(err)
 	}
-	if n := one[int](t, pool, "SELECT count(*) FROM wharf.parked k JOIN wharf.builds b ON b.id = k.build WHERE b.state = 'live'"); n != 400 {
+	if n := one[int](t, pool, "SELECT count(*) FROM wharf.parked k JOIN wharf.builds b ON b.id = k.build WHERE b.state = 'live'"); n != 200 {
 		t.Errorf("%d events are parked", n)
 	}
 }
