@@ -104,8 +104,9 @@ type cluster struct {
 // server takes connections. The first time that a user starts one, its programs are downloaded. A server that a killed
 // process left running on the cluster is stopped first. The caller holds the Lock of dir.
 //
-// The server listens on 127.0.0.1, on the port of the time before if it is free, or that of Port, and asks for a random password that only dir tells. Run by root it
-// becomes the user "nobody"; where that user cannot reach dir, the cluster lies elsewhere and dir says where.
+// The server listens on 127.0.0.1, on the port of the time before if it is free, or that of Port, and asks for a random
+// password that only dir tells. Run by root it becomes the user "nobody"; where that user cannot reach dir, the cluster lies
+// elsewhere and dir says where.
 //
 // ctx bounds the start alone. The server is not stopped by a Ctrl-C at the terminal, only by Stop; if this process dies
 // without calling it, the server ends too, in order.
@@ -156,22 +157,23 @@ func startPostgres(ctx context.Context, dir string, log *slog.Logger, o options)
 
 	_ = os.Rename(filepath.Join(dir, logFile), filepath.Join(dir, logFile+".old"))
 	began := time.Now()
-	port := cmp.Or(o.port, c.Port)
+	asked := o.port
+	o.port = cmp.Or(asked, c.Port)
 	for try := 1; ; try++ {
-		p, err := c.start(ctx, dir, programs, as, log, o, port)
+		p, err := c.start(ctx, dir, programs, as, log, o)
 		var again bool
 		switch {
-		case err == nil && p.port == c.Port:
-			return p, nil
 		case err == nil:
-			c.Port = p.port
-			if err := c.write(dir); err != nil {
-				return nil, errors.Join(err, p.Stop())
+			if p.port != c.Port {
+				c.Port = p.port
+				if err := c.write(dir); err != nil {
+					return nil, errors.Join(err, p.Stop())
+				}
 			}
 			return p, nil
 		case strings.Contains(err.Error(), "could not bind"):
 			log.Debug("somebody has Postgres's port")
-			port = o.port
+			o.port = asked
 			again = try < portTries
 		case strings.Contains(err.Error(), "still in use"):
 			log.Debug("sessions of a killed Postgres are still there")
@@ -301,10 +303,11 @@ func (c cluster) init(ctx context.Context, programs string, as account, o option
 	return nil
 }
 
-// start runs the server on the port, or on one that is free now if it is 0, and waits until it takes connections.
+// start runs the server on its port, or one that is free now, and waits until it takes connections.
 func (c cluster) start(
-	ctx context.Context, dir, programs string, as account, log *slog.Logger, o options, port int,
+	ctx context.Context, dir, programs string, as account, log *slog.Logger, o options,
 ) (*Postgres, error) {
+	port := o.port
 	if port == 0 {
 		var err error
 		if port, err = freePort(); err != nil {

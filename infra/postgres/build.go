@@ -138,6 +138,16 @@ func of(all []build, model string) (b build, found bool) {
 	return all[i], true
 }
 
+// buildIn is the build that has the role, if there is one.
+func buildIn(ctx context.Context, db querier, as role) (b build, found bool, err error) {
+	all, err := builds(ctx, db, as.state)
+	if err != nil {
+		return b, false, err
+	}
+	b, found = of(all, as.model)
+	return b, found, nil
+}
+
 // create makes an empty build with its table. Its primary key is there only if rows are looked up by it while the build
 // is filled; finish makes what is missing.
 func (e *Engine) create(ctx context.Context, tx pgx.Tx, m projections.Model, purpose string) (build, error) {

@@ -292,13 +292,9 @@ func (e *Engine) setup(ctx context.Context, conn *pgxpool.Conn) error {
 
 // previousOf is the model's previous build, if it is whole and of this program's version.
 func (e *Engine) previousOf(ctx context.Context, tx pgx.Tx, m projections.Model) (b build, whole bool, err error) {
-	all, err := builds(ctx, tx, previous)
-	if err != nil {
+	b, found, err := buildIn(ctx, tx, role{m.Name, previous})
+	if err != nil || !found || b.version != m.Version {
 		return b, false, err
-	}
-	b, found := of(all, m.Name)
-	if !found || b.version != m.Version {
-		return b, false, nil
 	}
 	wrong, err := e.whatIsWrong(ctx, tx, b)
 	return b, wrong == nil, err
@@ -413,15 +409,13 @@ func (e *Engine) reaching(ctx context.Context) context.Context {
 	return nil
 }
 
-var errUnreached = errors.New("the projector does not reach a database that it can write to")
-
-// Ready is nil when Run reaches the database and may take part in its groups, and every live build is of this program's version or a newer one. Until then a program of
-// the older version must not be stopped: it alone can run the live build.
+// Ready is nil when Run reaches the database and may take part in its groups, and every live build is of this program's version
+// or a newer one. Until then a program of the older version must not be stopped: it alone can run the live build.
 func (e *Engine) Ready() error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.reach == nil || e.reach.Err() != nil {
-		return errUnreached
+		return errors.New("the projector does not reach a database that it can write to")
 	}
 	if e.unnamed != nil {
 		return e.unnamed
@@ -616,7 +610,8 @@ func (e *Engine) runTask(ctx context.Context, m projections.Model, partition int
 func (e *Engine) tellTrouble(ctx context.Context, b build, partition int32, trouble error) {
 	ctx, cancel := e.inTime(ctx)
 	defer cancel()
-	_, _ = e.pool.Exec(ctx, "UPDATE wharf.tasks SET trouble = $3 WHERE "+unlockedTask, b.id, partition, fmt.Sprintf("%s: %v", time.Now().UTC().Format(time.RFC3339), trouble))
+	_, _ = e.pool.Exec(ctx, "UPDATE wharf.tasks SET trouble = $3 WHERE "+unlockedTask,
+		b.id, partition, fmt.Sprintf("%s: %v", time.Now().UTC().Format(time.RFC3339), trouble))
 }
 
 // unlockedTask is for what is only told of a task: it is left out while somebody holds the task's row, who may do so for long. Waiting

@@ -29,14 +29,13 @@ func ParseMoment(s string) (Moment, error) {
 		return Moment{Time: t}, nil
 	}
 	p, err := journal.ParsePosition(s)
-	if err == nil && p.Seq < 1 {
-		return Moment{}, fmt.Errorf("%q is no place of an event: they count from 1", s)
-	}
-	if err == nil && !slices.Contains(projections.Topics, p.Topic) {
-		return Moment{}, fmt.Errorf("%q is of none of the topics %s", s, strings.Join(projections.Topics, ", "))
-	}
-	if err != nil {
+	switch {
+	case err != nil:
 		return Moment{}, fmt.Errorf("%q is neither a time such as 2026-11-25T14:00:00Z nor a position such as orders.events/3/17", s)
+	case p.Seq < 1:
+		return Moment{}, fmt.Errorf("%q is no place of an event: they count from 1", s)
+	case !slices.Contains(projections.Topics, p.Topic):
+		return Moment{}, fmt.Errorf("%q is of none of the topics %s", s, strings.Join(projections.Topics, ", "))
 	}
 	return Moment{Position: p}, nil
 }
@@ -348,11 +347,11 @@ func (e *Engine) inspect(ctx context.Context, m projections.Model, part Part, pr
 		t.wanted = wanted
 	}
 	r.lost = true
-	all, err := builds(ctx, r.conn, live)
+	old, found, err := buildIn(ctx, r.conn, role{m.Name, live})
 	if err != nil {
 		return err
 	}
-	if old, found := of(all, m.Name); found {
+	if found {
 		if err := e.ofThisLog(old); err != nil { // which may be what is to be looked at
 			e.Logger.Warn("the part is of another log than the live build", "model", m.Name, "err", err)
 		}

@@ -202,11 +202,10 @@ func (l otherLags) TopicIDs() map[string]string { return l.ids }
 
 func liveOf(t *testing.T, e *Engine, model string) build {
 	t.Helper()
-	all, err := builds(context.Background(), e.pool, live)
+	b, _, err := buildIn(context.Background(), e.pool, role{model, live})
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, _ := of(all, model)
 	return b
 }
 

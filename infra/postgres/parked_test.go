@@ -622,7 +622,6 @@ func TestAPartSaysWhatIsMissing(t *testing.T) {
 	}
 }
 
-// A stream's id may be longer than what is kept of a parked event's key: its row waits all the same.
 // However many rows of a batch the table refuses, one after the other, the batch is not given up for the time that takes.
 func TestAReplayThatParksManyComesToItsEnd(t *testing.T) {
 	t.Parallel()
@@ -675,6 +674,7 @@ func TestARollbackSaysWhatIsMissing(t *testing.T) {
 	}
 }
 
+// A stream's id may be longer than what is kept of a parked event's key: its row waits all the same.
 func TestALongStreamWaits(t *testing.T) {
 	broken := new(atomic.Bool)
 	broken.Store(true)

@@ -254,11 +254,10 @@ func (e *Engine) rollback(ctx context.Context, m projections.Model, progress fun
 	if err := r.lockModel(ctx); err != nil {
 		return err
 	}
-	all, err := builds(ctx, r.conn, previous)
+	b, found, err := buildIn(ctx, r.conn, role{m.Name, previous})
 	if err != nil {
 		return err
 	}
-	b, found := of(all, m.Name)
 	if !found {
 		return ErrNoPrevious
 	}
@@ -314,15 +313,14 @@ func (r *replay) canComeBack(ctx context.Context) error {
 	if len(why) > 0 {
 		return fmt.Errorf("the previous build %d is halted: %s", r.build.id, why[0])
 	}
-	all, err := builds(ctx, r.conn, live)
+	old, found, err := buildIn(ctx, r.conn, role{r.model.Name, live})
 	if err != nil {
 		return err
 	}
-	if old, found := of(all, r.model.Name); found { // it may be what is to be got rid of
+	if found { // it may be what is to be got rid of
 		r.lost = r.e.ofThisLog(old) != nil
 	}
-	old, _, err := r.livePositions(ctx, r.conn, "")
-	if err != nil {
+	if old, _, err = r.livePositions(ctx, r.conn, ""); err != nil {
 		return err
 	}
 	if ids := old.ids(); len(r.e.TopicIDs) == 0 { // there is no telling which of two logs is the one
@@ -704,11 +702,10 @@ func (r *replay) livePositions(ctx context.Context, tx querier, lock string) (ol
 	for p := range until {
 		until[p] = slices.Repeat([]int64{-1}, len(r.model.Topics))
 	}
-	all, err := builds(ctx, tx, live)
+	old, found, err := buildIn(ctx, tx, role{r.model.Name, live})
 	if err != nil {
 		return old, nil, err
 	}
-	old, found := of(all, r.model.Name)
 	if !found {
 		return old, nil, errors.New("there is no live build: run a projector first")
 	}
@@ -736,10 +733,11 @@ func (r *replay) livePositions(ctx context.Context, tx querier, lock string) (ol
 		return nil
 	})
 	if err == nil && tag.RowsAffected() == 0 {
-		if all, err = builds(ctx, tx, live); err != nil {
+		now, found, err := buildIn(ctx, tx, role{r.model.Name, live})
+		if err != nil {
 			return old, nil, err
 		}
-		if now, found := of(all, r.model.Name); found && now.id != old.id { // swapped in between
+		if found && now.id != old.id { // swapped in between
 			return r.livePositions(ctx, tx, lock)
 		}
 	}

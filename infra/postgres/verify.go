@@ -187,14 +187,12 @@ func (e *Engine) Verify(ctx context.Context, names []string, progress func(Progr
 
 // verify is one model's; pace is how many events a second are read at most, if not 0.
 func (e *Engine) verify(ctx context.Context, m projections.Model, pace int, progress func(Progress)) (c Comparison, err error) {
-	all, err := builds(ctx, e.pool, live)
+	b, found, err := buildIn(ctx, e.pool, role{m.Name, live})
 	if err != nil {
 		return c, err
 	}
-	for _, b := range all {
-		if b.model == m.Name && b.version != m.Version {
-			return c, otherVersion(b.version, m)
-		}
+	if found && b.version != m.Version {
+		return c, otherVersion(b.version, m)
 	}
 	before, err := e.givenUp(ctx, e.pool, m.Name)
 	if err != nil {
